@@ -1,0 +1,1 @@
+"""Pure functions and value types of quantization: no nn.Module, no state."""

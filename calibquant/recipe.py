@@ -1,0 +1,261 @@
+"""The recipe: everything a run depends on, as pydantic models of one YAML file. Every default is in this file.
+
+    recipe = load_recipe("recipe.yaml", ["quant.weights.bits=2", "seed=7"])
+
+A recipe may begin with `preset: NAME`; the file's own fields and then the overrides win over the preset's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from calibquant.errors import RecipeError, nearest
+
+Bits = Annotated[int, Field(ge=2)]
+Observer = Literal["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
+Placement = Literal["integer", "academic"]
+Boundary = Literal["brecq", "qdrop", "captq", "none"]
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelRecipe(Section):
+    """Which network, and its trained weights."""
+
+    name: str = Field(description="a network of the zoo, e.g. cifar_resnet20")
+    options: dict[str, Any] = Field(default={}, description="arguments of the zoo's builder, e.g. {padding: tf_same}")
+    weights: Path | None = Field(default=None, description="state_dict file; none keeps the random initialization")
+    submodule: str | None = Field(default=None, description="dotted name of the part to quantize, e.g. backbone")
+
+
+class Preprocess(Section):
+    """From a decoded image to the network's input, in this order: resize, center crop, [0, 1], normalize."""
+
+    resize: int | tuple[int, int] | None = Field(default=None, description="shorter side, or (height, width)")
+    crop: int | tuple[int, int] | None = Field(default=None, description="center crop: side, or (height, width)")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    color: Literal["convert", "strict"] = Field(
+        default="convert", description="grey and CMYK files: converted to RGB, or an error"
+    )
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class DataRecipe(Section):
+    """Where images come from. `calibration` and `evaluation` name the two sets inside `root`."""
+
+    kind: Literal["cifar10", "digits", "folder", "csv"]
+    root: Path | None = Field(default=None, description="folder of the data set; digits needs none")
+    calibration: str | None = Field(
+        default=None, description="cifar10, digits: a split (train); folder: a subfolder (train); csv: a file"
+    )
+    evaluation: str | None = Field(default=None, description="the same for evaluation (test, val, a file)")
+    preprocess: Preprocess = Preprocess()
+    on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
+
+
+class CalibrationRecipe(Section):
+    """How many images calibrate, which, and how they pass through the float network."""
+
+    count: int = Field(default=1024, ge=1, description="calibration images")
+    range_count: int | None = Field(
+        default=None, ge=1, description="of these, how many set the activation ranges; none means all"
+    )
+    order: Literal["random", "first"] = Field(default="random", description="a seeded draw, or the first `count`")
+    batch_size: int = Field(default=64, ge=1, description="images in one forward pass while observing")
+
+
+class WeightRecipe(Section):
+    """The weights' grid and how its range is found."""
+
+    bits: Bits = 4
+    symmetric: bool = False
+    granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
+
+
+class ActivationRecipe(Section):
+    """The activations' grid and how its range is found."""
+
+    bits: Bits = 4
+    symmetric: bool = False
+    observer: Observer = "mse"
+    percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
+
+
+class QuantRecipe(Section):
+    """What is quantized to what."""
+
+    weights: WeightRecipe = WeightRecipe()
+    activations: ActivationRecipe = ActivationRecipe()
+    placement: Placement = "integer"
+    boundary: Boundary = "qdrop"
+    boundary_bits: Bits = Field(default=8, description="bits of what the boundary rule keeps wider")
+    residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
+
+
+class EvaluationRecipe(Section):
+    """How the float and the quantized network are measured."""
+
+    count: int | None = Field(default=None, ge=1, description="evaluate only the first `count` images")
+    batch_size: int = Field(default=250, ge=1)
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    version: Literal[1] = 1
+    preset: str | None = None
+    model: ModelRecipe
+    data: DataRecipe
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    quant: QuantRecipe = QuantRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    seed: int = Field(default=1005, ge=0)
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
+    runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
+
+    @model_validator(mode="after")
+    def _supported_bits(self) -> Recipe:
+        q = self.quant
+        for field, bits in (
+            ("weights.bits", q.weights.bits),
+            ("activations.bits", q.activations.bits),
+            ("boundary_bits", q.boundary_bits),
+            ("residual_bits", q.residual_bits),
+        ):
+            if bits not in SUPPORTED_BITS:
+                raise ValueError(f"quant.{field}: {bits} bits are not supported; use 2 to 8, or 16")
+        return self
+
+    def to_yaml(self) -> str:
+        """The effective recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # QDrop's released code, before reconstruction: algorithms as in docs/methods.md, "Reference presets".
+    "qdrop-reference": {
+        "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
+        "quant": {
+            "placement": "academic",
+            "boundary": "qdrop",
+            "weights": {"symmetric": False, "granularity": "per_channel", "observer": "mse"},
+            "activations": {"symmetric": False, "observer": "mse-batch"},
+        },
+    },
+    # What most 8-bit toolkits do: symmetric per-channel weights, min-max activations, everything integer.
+    "int8": {
+        "quant": {
+            "placement": "integer",
+            "boundary": "none",
+            "weights": {"bits": 8, "symmetric": True, "observer": "minmax"},
+            "activations": {"bits": 8, "observer": "minmax"},
+        },
+    },
+}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply dotted overrides.
+
+    Args:
+        path: YAML file. Relative paths inside it are taken from the working directory.
+        overrides: strings such as "quant.weights.bits=2"; the value is read as YAML.
+
+    Raises:
+        RecipeError: the file is missing, no valid YAML, or a field is unknown or invalid.
+
+    Example:
+        >>> recipe = load_recipe("configs/demo.yaml", ["quant.weights.bits=2"])  # doctest: +SKIP
+        >>> recipe.quant.weights.bits  # doctest: +SKIP
+        2
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(path, f"cannot be read ({reason})", "give the path of a recipe file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
+    return make_recipe(tree, overrides, source=str(path))
+
+
+def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
+    """A recipe from a nested dictionary, its preset and dotted overrides; `source` names it in errors.
+
+    Raises:
+        RecipeError: a field is unknown or invalid.
+    """
+    for override in overrides or []:
+        tree = _override(tree, override)
+    preset = tree.get("preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise RecipeError(f"{source}, preset", f"'{preset}' is unknown", nearest(str(preset), PRESETS))
+        tree = _merge(PRESETS[preset], tree)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _first_problem(error, source) from None
+
+
+def _override(tree: dict[str, Any], text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override '{text}'", "is not key=value", "write for example quant.weights.bits=2")
+    try:
+        leaf: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
+    for part in reversed(key.strip().split(".")):
+        leaf = {part: leaf}
+    return _merge(tree, leaf)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _first_problem(error: ValidationError, source: str) -> RecipeError:
+    """One line for the first problem; unknown keys first, since they often cause the others."""
+    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    path = [str(part) for part in problem["loc"]]
+    where = f"{source}, {'.'.join(path)}" if path else source
+    if problem["type"] == "extra_forbidden":
+        return RecipeError(where, "this key is unknown", nearest(path[-1], _fields(path[:-1])))
+    if problem["type"] == "missing":
+        return RecipeError(where, "this field is required", "add it to the recipe")
+    if problem["type"] == "value_error":
+        return RecipeError(source, *str(problem["ctx"]["error"]).split("; ", 1))
+    got = repr(problem["input"])
+    return RecipeError(where, f"{problem['msg'][0].lower()}{problem['msg'][1:]}", f"got {got[:60]}")
+
+
+def _fields(path: list[str]) -> list[str]:
+    """The known keys of the section at a dotted path."""
+    section: Any = Recipe
+    for part in path:
+        field = section.model_fields[part].annotation
+        section = next((a for a in (field, *get_args(field)) if hasattr(a, "model_fields")), Section)
+    return list(section.model_fields)
