@@ -31,7 +31,7 @@ class Section(BaseModel):
 class ModelRecipe(Section):
     """Which network, and its trained weights."""
 
-    name: str = Field(description="a network of the zoo, e.g. cifar_resnet20")
+    name: str | None = Field(default=None, description="a network of the zoo, e.g. cifar_resnet20")
     options: dict[str, Any] = Field(default={}, description="arguments of the zoo's builder, e.g. {padding: tf_same}")
     weights: Path | None = Field(default=None, description="state_dict file; none keeps the random initialization")
     submodule: str | None = Field(default=None, description="dotted name of the part to quantize, e.g. backbone")
@@ -53,7 +53,7 @@ class Preprocess(Section):
 class DataRecipe(Section):
     """Where images come from. `calibration` and `evaluation` name the two sets inside `root`."""
 
-    kind: Literal["cifar10", "digits", "folder", "csv"]
+    kind: Literal["cifar10", "digits", "folder", "csv"] | None = None
     root: Path | None = Field(default=None, description="folder of the data set; digits needs none")
     calibration: str | None = Field(
         default=None, description="cifar10, digits: a split (train); folder: a subfolder (train); csv: a file"
@@ -116,8 +116,8 @@ class Recipe(Section):
 
     version: Literal[1] = 1
     preset: str | None = None
-    model: ModelRecipe
-    data: DataRecipe
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     quant: QuantRecipe = QuantRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -138,6 +138,11 @@ class Recipe(Section):
             if bits not in SUPPORTED_BITS:
                 raise ValueError(f"quant.{field}: {bits} bits are not supported; use 2 to 8, or 16")
         return self
+
+    @property
+    def setting(self) -> str:
+        """Bits in the field's short form, such as W4A4."""
+        return f"W{self.quant.weights.bits}A{self.quant.activations.bits}"
 
     def to_yaml(self) -> str:
         """The effective recipe, every default written out."""

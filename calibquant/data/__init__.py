@@ -1,0 +1,32 @@
+"""Images for calibration and evaluation: opening sets, preprocessing, batches, manifests."""
+
+from calibquant.data.imageset import ImageSet, Subset, TensorImages, UnreadableImageError, check_labels
+from calibquant.data.loading import Batch, batches
+from calibquant.data.manifest import (
+    Manifest,
+    ManifestRow,
+    check_calibration_set,
+    draw,
+    make_manifest,
+    manifest_csv,
+    read_manifest,
+)
+from calibquant.data.opening import open_images
+
+__all__ = [
+    "Batch",
+    "ImageSet",
+    "Manifest",
+    "ManifestRow",
+    "Subset",
+    "TensorImages",
+    "UnreadableImageError",
+    "batches",
+    "check_calibration_set",
+    "check_labels",
+    "draw",
+    "make_manifest",
+    "manifest_csv",
+    "open_images",
+    "read_manifest",
+]

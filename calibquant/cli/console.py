@@ -1,0 +1,85 @@
+"""What every command shares: the console, live progress, tables, JSON, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ConsoleReporter:
+    """Draws numbered steps and a live progress bar with the time left."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self._progress, self._console, self._task = progress, console, TaskID(0)
+        self._bar: TaskID | None = None
+
+    def step(self, number: int, total: int, title: str) -> None:
+        """A step begins."""
+        self._clear()
+        self._console.print(f"[bold]\\[{number}/{total}][/bold] {title}")
+
+    def progress(self, done: int, total: int) -> None:
+        """Work done within the step."""
+        if self._bar is None:
+            self._bar = self._progress.add_task("", total=total)
+        self._progress.update(self._bar, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """A fact worth showing."""
+        self._console.print(f"      {text}", style="dim")
+
+    def _clear(self) -> None:
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+
+
+@contextmanager
+def reporting(quiet: bool) -> Iterator[ConsoleReporter | None]:
+    """A reporter for the length of a command; None with --json."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("     "), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=out, transient=True) as progress:
+        yield ConsoleReporter(progress, out)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on standard output, for machines."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; the first column to the left, all others to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def percent(fraction: float | None) -> str:
+    """0.9173 -> 91.73; a dash when unknown."""
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def kilobytes(count: int) -> str:
+    """Bytes in kB (1,000) or MB (1,000,000) with three digits."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """(0.9, 0.95) -> 90.0–95.0; a dash when unknown."""
+    return "–" if bounds is None else f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}"

@@ -1,0 +1,139 @@
+"""Batches: images decoded ahead by a few threads, delivered in the order asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibquant.data.imageset import ImageSet, UnreadableImageError, check_indices
+from calibquant.errors import DataError
+
+WORKERS = min(4, os.cpu_count() or 1)
+PREFETCH = 2  # batches decoded while the network works on another
+
+logger = logging.getLogger("calibquant")
+
+Loaded = list[tuple[int, Tensor | UnreadableImageError]]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images that pass through a network at once.
+
+    Attributes:
+        images: float32, shape (N, C, H, W).
+        labels: int64, shape (N,), -1 where unknown.
+        indices: where the images stand in their set.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: tuple[int, ...]
+
+
+def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+    """The images of a set in batches, in order; the last batch may be smaller.
+
+    With `on_error: skip` unreadable images are left out of their batch and logged once.
+
+    Args:
+        images: the set.
+        batch_size: images a batch, at least 1.
+        indices: which images, in which order; None for all.
+
+    Raises:
+        DataError: at once for an invalid batch size or index; while iterating, for an image that cannot be read, holds
+            NaN or infinity, or differs in size from others of its batch, and when every image was skipped.
+
+    Example:
+        >>> from calibquant.data import TensorImages
+        >>> [batch.indices for batch in batches(TensorImages(torch.zeros(5, 3, 8, 8)), 2)]
+        [(0, 1), (2, 3), (4,)]
+    """
+    if batch_size < 1:
+        raise DataError("batch_size", f"{batch_size} is not a number of images", "use 1 or more")
+    chosen = check_indices(range(len(images)) if indices is None else indices, len(images))
+    return _deliver(images, [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)])
+
+
+def _deliver(images: ImageSet, chunks: list[tuple[int, ...]]) -> Iterator[Batch]:
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="calibquant-data")
+    pending: deque[list[Future[Loaded]]] = deque()
+    delivered = False
+    try:
+        for chunk in chunks:
+            pending.append(_submit(pool, images, chunk))
+            if len(pending) > PREFETCH:
+                for batch in _collect(images, pending.popleft()):
+                    delivered = True
+                    yield batch
+        while pending:
+            for batch in _collect(images, pending.popleft()):
+                delivered = True
+                yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if chunks and not delivered:
+        first = images.name(chunks[0][0])
+        raise DataError(first, "this image and all others are unreadable", "correct data.root or replace the files")
+
+
+def _submit(pool: ThreadPoolExecutor, images: ImageSet, chunk: tuple[int, ...]) -> list[Future[Loaded]]:
+    """Share a batch among the workers, in slices: a task for each small image would cost more than its decoding."""
+    share = -(-len(chunk) // WORKERS)
+    return [pool.submit(_load, images, chunk[i : i + share]) for i in range(0, len(chunk), share)]
+
+
+def _load(images: ImageSet, part: tuple[int, ...]) -> Loaded:
+    loaded: Loaded = []
+    for i in part:
+        try:
+            loaded.append((i, images.image(i)))
+        except UnreadableImageError as error:
+            if images.on_error == "fail":
+                raise
+            loaded.append((i, error))
+    return loaded
+
+
+def _collect(images: ImageSet, futures: list[Future[Loaded]]) -> list[Batch]:
+    """One batch, or none when each of its images was skipped."""
+    kept: list[tuple[int, Tensor]] = []
+    for i, image in (pair for future in futures for pair in future.result()):
+        if isinstance(image, Tensor):
+            kept.append((i, image))
+        else:
+            _report(images, images.name(i), image)
+    if not kept:
+        return []
+    indices = tuple(i for i, _ in kept)
+    stacked = _stack(images, indices, [image for _, image in kept])
+    known = (images.label(i) for i in indices)
+    labels = torch.tensor([-1 if label is None else label for label in known], dtype=torch.int64)
+    return [Batch(stacked, labels, indices)]
+
+
+def _report(images: ImageSet, name: str, error: UnreadableImageError) -> None:
+    if name not in images.skipped:
+        images.skipped.add(name)
+        logger.warning("image skipped: %s: %s", error.where, error.problem)
+
+
+def _stack(images: ImageSet, indices: tuple[int, ...], tensors: list[Tensor]) -> Tensor:
+    for i, tensor in zip(indices, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            sizes = [" x ".join(map(str, t.shape[1:])) for t in (tensor, tensors[0])]
+            problem = f"is {sizes[0]} but {images.name(indices[0])} of the same batch is {sizes[1]}"
+            raise DataError(images.name(i), problem, "set data.preprocess.resize and crop")
+    stacked = torch.stack(tensors)
+    if not torch.isfinite(stacked).all():
+        wrong = next(i for i, tensor in zip(indices, tensors, strict=True) if not torch.isfinite(tensor).all())
+        raise DataError(images.name(wrong), "holds NaN or infinity", "repair or remove the image")
+    return stacked

@@ -1,0 +1,69 @@
+"""From the recipe's data section to a set of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from calibquant.data.cifar import open_cifar10
+from calibquant.data.digits import DigitImages
+from calibquant.data.files import open_csv, open_folder
+from calibquant.data.imageset import ImageSet
+from calibquant.data.preprocess import check_preprocess
+from calibquant.errors import DataError, nearest
+from calibquant.recipe import DataRecipe
+
+Split = Literal["calibration", "evaluation"]
+
+_SPLITS = {"calibration": "train", "evaluation": "test"}
+_FOLDERS = {"calibration": "train", "evaluation": "val"}
+
+
+def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
+    """Open the images that calibrate, or those that evaluate. Files are decoded later, one by one.
+
+    Args:
+        recipe: the recipe's `data`. Where it names no set, cifar10 and digits take train and test, folder takes train
+            and val; csv has no default. Digits have one channel: their mean and std need length 1.
+        split: which of the two sets.
+
+    Raises:
+        DataError: files are missing or invalid, or the preprocessing does not fit the images.
+
+    Example:
+        >>> from calibquant.recipe import Preprocess
+        >>> settings = Preprocess(resize=16, mean=(0.5,), std=(0.5,))
+        >>> images = open_images(DataRecipe(kind="digits", preprocess=settings), "evaluation")
+        >>> len(images), images.image(0).shape
+        (597, torch.Size([1, 16, 16]))
+    """
+    chosen = recipe.calibration if split == "calibration" else recipe.evaluation
+    check_preprocess(recipe.preprocess, 1 if recipe.kind == "digits" else 3)
+    if recipe.kind == "digits":
+        return DigitImages(_official_split(chosen, split), recipe.preprocess)
+    root = _root(recipe)
+    if recipe.kind == "cifar10":
+        return open_cifar10(root, _official_split(chosen, split), recipe.preprocess)
+    if recipe.kind == "folder":
+        return open_folder(root, chosen or _FOLDERS[split], recipe.preprocess, recipe.on_error)
+    if chosen is None:
+        raise DataError(f"data.{split}", "names no file", "set it to a CSV file, as a path relative to data.root")
+    return open_csv(root, chosen, recipe.preprocess, recipe.on_error)
+
+
+def _official_split(chosen: str | None, split: Split) -> str:
+    name = chosen or _SPLITS[split]
+    if name not in _SPLITS.values():
+        raise DataError(f"data.{split}", f"there is no split '{name}'", nearest(name, _SPLITS.values()))
+    return name
+
+
+def _root(recipe: DataRecipe) -> Path:
+    if recipe.root is None:
+        raise DataError(
+            "data.root", f"is not given, but {recipe.kind} needs it", "set it to the folder of the data set"
+        )
+    root = recipe.root.expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.root, {root}", "there is no such folder", "set it to the folder of the data set")
+    return root

@@ -1,0 +1,177 @@
+"""From an encoded image to the network's input: decode, resize, center crop, scale to [0, 1], normalize.
+
+Geometry and arithmetic are torchvision's (`Resize`, `CenterCrop`, `ToTensor`, `Normalize` on PIL images), so that
+networks trained there see the input they know. Like there, an EXIF orientation is not applied.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from calibquant.data.imageset import UnreadableImageError
+from calibquant.errors import DataError
+from calibquant.recipe import Preprocess
+
+Size = int | tuple[int, int]
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def check_preprocess(settings: Preprocess, channels: int) -> None:
+    """Check the settings that only the data can judge: lengths of mean and std, and sizes.
+
+    Args:
+        settings: the recipe's `data.preprocess`.
+        channels: 3 for colour images, 1 for grey ones.
+
+    Raises:
+        DataError: names the field of the recipe.
+    """
+    for field in ("mean", "std"):
+        values = getattr(settings, field)
+        if len(values) != channels:
+            what = "grey images with 1 channel" if channels == 1 else f"images with {channels} channels"
+            one = f"give one value for each channel, e.g. {field}: [{', '.join(['0.5'] * channels)}]"
+            raise DataError(f"data.preprocess.{field}", f"has length {len(values)} but these are {what}", one)
+        if not np.isfinite(values).all() or (field == "std" and min(values) <= 0):
+            mend = "use finite numbers, and a std above 0"
+            raise DataError(f"data.preprocess.{field}", f"holds a number out of range: {list(values)}", mend)
+    for field in ("resize", "crop"):
+        size = getattr(settings, field)
+        if size is not None and np.min(size) < 1:
+            raise DataError(f"data.preprocess.{field}", f"{size} is not a size", "use pixels, 1 or more")
+
+
+def decode(path: Path, color: str, name: str) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Grey images of 16 or 32 bits are refused, since PIL would saturate them; of 16-bit colour PIL keeps the high bytes.
+
+    Args:
+        path: the file.
+        color: "convert" brings grey, palette, CMYK and transparent images to RGB as PIL does; "strict" refuses them.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: the file is missing, empty, truncated or corrupt.
+        DataError: the image has more than 8 bits a channel, or is not RGB under "strict".
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever their parsing stumbles over
+        raise unreadable(path, name, error) from None
+    if image.mode.startswith(("I", "F")):
+        problem = f"has more than 8 bits a channel (PIL mode {image.mode})"
+        raise DataError(name, problem, "convert it to 8 bits")
+    if image.mode == "RGB":
+        return image
+    if color == "strict":
+        mend = "convert the file to RGB, or set data.preprocess.color to convert"
+        raise DataError(name, f"is not a 3-channel RGB image (PIL mode {image.mode})", mend)
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise DataError(name, f"cannot become RGB (PIL mode {image.mode})", "convert the file to RGB") from None
+
+
+def unreadable(path: Path, name: str, error: Exception) -> UnreadableImageError:
+    """The error for a file that cannot be read, by its most telling cause."""
+    skip = "or set data.on_error to skip"
+    if isinstance(error, FileNotFoundError):
+        return UnreadableImageError(name, "there is no such file", f"correct the path, {skip}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UnreadableImageError(name, f"cannot be read ({error.strerror})", f"make the file readable, {skip}")
+    if isinstance(error, Image.DecompressionBombError):
+        return UnreadableImageError(name, "has more pixels than Pillow opens", f"make the image smaller, {skip}")
+    problem = "is empty" if path.is_file() and path.stat().st_size == 0 else "is a truncated or corrupt image"
+    return UnreadableImageError(name, problem, f"replace or remove the file, {skip}")
+
+
+def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
+    """Resize to (height, width), or the shorter side to `size` keeping the aspect.
+
+    The longer side becomes int(size * longer / shorter). An image that has the size already is returned as it is.
+    """
+    width, height = image.size
+    if isinstance(size, int):
+        short, long = min(width, height), max(width, height)
+        other = int(size * long / short)
+        new_width, new_height = (size, other) if width <= height else (other, size)
+    else:
+        new_height, new_width = size
+    if (new_width, new_height) == (width, height):
+        return image
+    return image.resize((new_width, new_height), _FILTERS[interpolation])
+
+
+def center_crop(image: Image.Image, size: Size, name: str) -> Image.Image:
+    """The central (height, width) of an image, or a central square of side `size`.
+
+    Offsets are int(round((H - h) / 2)), with Python's rounding of halves to even.
+
+    Raises:
+        DataError: the crop is larger than the image.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height > image.height or width > image.width:
+        sizes = f"the crop of {height} x {width} is larger than the image of {image.height} x {image.width}"
+        raise DataError(name, sizes, "set data.preprocess.resize to at least the crop, or a smaller crop")
+    top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalize(pixels: npt.NDArray[np.uint8], settings: Preprocess) -> Tensor:
+    """Scale bytes of shape (C, H, W) to [0, 1] and apply (x - mean) / std: float32, the same shape."""
+    values = torch.from_numpy(pixels.astype(np.float32)).div_(255)
+    mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None]
+    std = torch.tensor(settings.std, dtype=torch.float32)[:, None, None]
+    return values.sub_(mean).div_(std)
+
+
+def preprocess(image: Image.Image, settings: Preprocess, name: str) -> Tensor:
+    """All steps after decoding.
+
+    Args:
+        image: mode RGB, or L for grey images.
+        settings: the recipe's `data.preprocess`.
+        name: names the image in errors.
+
+    Returns:
+        float32, shape (3, H, W), or (1, H, W) for grey images.
+
+    Raises:
+        DataError: the crop is larger than the resized image.
+
+    Example:
+        >>> settings = Preprocess(resize=256, crop=224)
+        >>> preprocess(Image.new("RGB", (640, 480)), settings, "black").shape
+        torch.Size([3, 224, 224])
+    """
+    if settings.resize is not None:
+        image = resize(image, settings.resize, settings.interpolation)
+    if settings.crop is not None:
+        image = center_crop(image, settings.crop, name)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return normalize(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), settings)
+
+
+def preprocess_pixels(pixels: npt.NDArray[np.uint8], settings: Preprocess, name: str) -> Tensor:
+    """`preprocess` for bytes of shape (C, H, W), C = 1 or 3, without the way through PIL where no step needs it."""
+    if settings.resize is None and settings.crop is None:
+        return normalize(pixels, settings)
+    whole = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    return preprocess(Image.fromarray(np.ascontiguousarray(whole)), settings, name)

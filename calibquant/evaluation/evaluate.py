@@ -1,0 +1,110 @@
+"""Running a network over images: the same code for the float and the quantized network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibquant.data import Batch, ImageSet, batches, check_labels
+from calibquant.errors import DataError, ModelError
+from calibquant.metrics import ScoreAccumulator, Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network did on a set of images.
+
+    Attributes:
+        scores: the metrics.
+        predictions: class of each image, int64, shape (N,); pass it as `reference` to evaluate another network.
+        indices: which images of the set these are; unreadable ones that were skipped are missing.
+        logits: float32, shape (N, classes), on the CPU; None unless they were to be kept.
+    """
+
+    scores: Scores
+    predictions: npt.NDArray[np.int64]
+    indices: tuple[int, ...]
+    logits: Tensor | None = None
+
+
+def evaluate(
+    network: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    batch_size: int,
+    count: int | None = None,
+    reference: npt.NDArray[np.int64] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    device: str | torch.device = "cpu",
+    keep_logits: bool = False,
+) -> Evaluation:
+    """Run a network over the images and score its predictions.
+
+    Args:
+        network: from images (N, C, H, W) to logits (N, classes). A Module must be in eval mode and on `device` already.
+        images: the set; labels may be unknown.
+        batch_size: images in one forward pass.
+        count: only the first `count` images; None or more than there are means all.
+        reference: the predictions of another network on the same images, for the agreement.
+        progress: called after each batch with the images done and the images in all.
+        device: where the network is.
+        keep_logits: keep the logits too.
+
+    Raises:
+        DataError: there are no images, one cannot be read, a label is no class of the network, or the reference has
+            another length.
+        ModelError: the network does not return finite logits of shape (N, classes).
+
+    Example:
+        >>> from calibquant.data import TensorImages
+        >>> images = TensorImages(torch.rand(4, 3, 8, 8), labels=[0, 0, 1, 1])
+        >>> evaluate(lambda x: x.mean(dim=(2, 3)), images, batch_size=2).predictions.shape
+        (4,)
+    """
+    total = len(images) if count is None else min(count, len(images))
+    if total < 1:
+        raise DataError("evaluation", "there are no images to evaluate on", "give at least one image")
+    chosen = images.subset(range(total))
+    accumulator, indices, kept = ScoreAccumulator(), list[int](), list[Tensor]()
+    for batch in batches(chosen, batch_size):
+        logits = _forward(network, batch, images, device)
+        if not indices:
+            check_labels(chosen, logits.shape[1])
+        accumulator.update(logits, batch.labels)
+        indices.extend(batch.indices)
+        if keep_logits:
+            kept.append(logits)
+        if progress is not None:
+            progress(batch.indices[-1] + 1, total)
+    if progress is not None and indices[-1] + 1 < total:  # the last images were skipped
+        progress(total, total)
+    if reference is not None and len(reference) != len(indices):
+        problem = f"holds {len(reference)} predictions for {len(indices)} images"
+        raise DataError("reference", problem, "evaluate both networks on the same images")
+    logits_kept = torch.cat(kept) if keep_logits else None
+    return Evaluation(accumulator.result(reference), accumulator.predictions, tuple(indices), logits_kept)
+
+
+def _forward(network: Callable[[Tensor], Tensor], batch: Batch, images: ImageSet, device: str | torch.device) -> Tensor:
+    """Checked logits of a batch: float32 on the CPU."""
+    with torch.inference_mode():
+        output = network(batch.images.to(device))
+    n = len(batch.indices)
+    mend = f"it must return floating point logits of shape ({n}, classes) for {n} images"
+    if not isinstance(output, Tensor):
+        raise ModelError("network output", f"is a {type(output).__name__}, not a tensor", mend)
+    if output.ndim != 2 or output.shape[0] != n or output.shape[1] < 1 or not output.is_floating_point():
+        what = f"is {str(output.dtype).removeprefix('torch.')} of shape {tuple(output.shape)}"
+        raise ModelError("network output", what, mend)
+    logits = output.to("cpu", torch.float32)
+    finite = logits.isfinite().all(dim=1)
+    if not finite.all():
+        first = batch.indices[int((~finite).nonzero()[0])]
+        raise ModelError(
+            "network output", f"holds NaN or infinity for {images.name(first)}", "check the weights and the ranges"
+        )
+    return logits

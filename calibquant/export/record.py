@@ -1,0 +1,95 @@
+"""The record: readable scales per layer, as JSON and in the text form of Huawei AMCT (record.txt)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.quantization.model import QuantModel
+from calibquant.quantization.quantizers import ActivationQuantizer
+
+
+def record(model: QuantModel) -> list[dict[str, Any]]:
+    """One entry for each call of an op with a quantized weight, in execution order.
+
+    Returns:
+        dictionaries with `layer`, `op`, `weight` (parameter, bits, symmetric, scale and zero_point per channel), `input`
+        and `output` (bits, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
+    """
+    rows = []
+    for node in model.teacher.graph.nodes:
+        weight = weight_of(node)
+        if weight is None or str(weight.target) not in model.weight_quantizers:
+            continue
+        quantizer = model.weight_quantizers[str(weight.target)]
+        q = quantizer.get()
+        rows.append({
+            "layer": str(weight.target).removesuffix(".weight"),
+            "op": op_of(node).name,  # type: ignore[union-attr]
+            "weight": {
+                "parameter": str(weight.target),
+                "bits": q.grid.bits,
+                "signed": q.grid.signed,
+                "scale": q.scale.reshape(-1).tolist(),
+                "zero_point": q.zero_point.reshape(-1).tolist(),
+            },
+            "input": _grid(_quantizer_before(model, activations_of(node)[0])),
+            "output": _grid(_quantizer_after(model, node)),
+        })  # fmt: skip
+    return rows
+
+
+def record_text(model: QuantModel) -> str:
+    """The record in AMCT's protobuf text form.
+
+    AMCT's codes are signed: q = clamp(round(x / scale) + offset, -2^(b-1), 2^(b-1) - 1), so an unsigned grid's offset is
+    its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d.
+    """
+    lines: list[str] = []
+    for row in record(model):
+        lines += ["record {", f'  key: "{row["layer"]}"', "  value {"]
+        data, weight = row["input"], row["weight"]
+        if data is not None:
+            lines += [f"    scale_d: {data['scale']!r}", f"    offset_d: {_offset(data, data['zero_point'])}"]
+        lines += [f"    scale_w: {s!r}" for s in weight["scale"]]
+        lines += [f"    offset_w: {_offset(weight, z)}" for z in weight["zero_point"]]
+        lines += [f'    dst_type: "INT{weight["bits"]}"', "  }", "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _offset(grid: dict[str, Any], zero_point: int) -> int:
+    return zero_point if grid["signed"] else zero_point - (1 << (grid["bits"] - 1))
+
+
+def _grid(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
+    if quantizer is None or quantizer.scale is None:
+        return None
+    grid = quantizer.plan.grid
+    return {
+        "quantizer": quantizer.name,
+        "bits": grid.bits,
+        "signed": grid.signed,
+        "scale": quantizer.scale.item(),
+        "zero_point": int(quantizer.zero_point.item()),
+    }
+
+
+def _quantizer_before(model: QuantModel, node: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer whose grid the values of `node` lie on."""
+    while node.name not in model.activation_quantizers:
+        op = op_of(node)
+        if op is None or not op.keeps_grid:
+            return None
+        node = activations_of(node)[0]
+    return model.activation_quantizers[node.name]
+
+
+def _quantizer_after(model: QuantModel, node: fx.Node) -> ActivationQuantizer | None:
+    """The first quantizer on the only way from `node`."""
+    while node.name not in model.activation_quantizers:
+        if len(node.users) != 1:
+            return None
+        node = next(iter(node.users))
+    return model.activation_quantizers[node.name]

@@ -1,0 +1,82 @@
+"""BatchNorm folding: w' = w * gamma / sqrt(var + eps), b' = beta + gamma * (b - mean) / sqrt(var + eps)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from calibquant.graph import ops
+from calibquant.graph.lowering import build
+from calibquant.graph.ops import Kind, kind_of, op_of, weight_of
+
+
+def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a canonical graph with every BatchNorm folded into the convolution or linear before it, where possible.
+
+    A BatchNorm stays where something else reads the convolution's output, or where the convolution's weight is used by
+    another call that is not followed by the same BatchNorm. Computed in float64, stored in float32.
+
+    Example:
+        >>> from torch import nn
+        >>> from calibquant.graph.capture import capture
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        >>> graph = fold_batch_norm(capture(net, torch.zeros(1, 1, 8, 8)))
+        >>> [n.target.__name__ for n in graph.graph.nodes if n.op == "call_function"]
+        ['conv2d']
+    """
+    tensors = dict(graph.named_buffers())
+    folded = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    folded.output(folded.graph_copy(graph.graph, copies))
+    for parameter in [n for n in folded.nodes if n.op == "get_attr"]:
+        calls = list(parameter.users)
+        norms = [_norm_after(call, parameter) for call in calls]
+        if not norms or any(n is None for n in norms):
+            continue
+        if len({(n.args[1:], n.kwargs["eps"]) for n in norms}) > 1 or len({c.args[2] for c in calls}) > 1:  # type: ignore[union-attr]
+            continue
+        _fold(folded, tensors, parameter, calls, [n for n in norms if n is not None])
+    folded.eliminate_dead_code()
+    return build({str(n.target): tensors[str(n.target)] for n in folded.nodes if n.op == "get_attr"}, folded)
+
+
+def _norm_after(call: fx.Node, parameter: fx.Node) -> fx.Node | None:
+    """The BatchNorm that alone reads a call's output, if the call takes `parameter` as its weight."""
+    if weight_of(call) is not parameter or kind_of(call) not in (Kind.CONVOLUTION, Kind.MATMUL) or len(call.users) != 1:
+        return None
+    norm = next(iter(call.users))
+    return norm if norm.target is ops.batch_norm and norm.args[0] is call else None
+
+
+def _fold(
+    graph: fx.Graph, tensors: dict[str, Tensor], parameter: fx.Node, calls: list[fx.Node], norms: list[fx.Node]
+) -> None:
+    mean, var, gamma, beta = (
+        tensors[str(a.target)].double() if isinstance(a, fx.Node) else None for a in norms[0].args[1:]
+    )
+    assert mean is not None and var is not None
+    factor = torch.rsqrt(var + norms[0].kwargs["eps"]) * (1.0 if gamma is None else gamma)  # type: ignore[operator]
+    name = str(parameter.target)
+    old_bias = calls[0].args[2]
+    bias = tensors[str(old_bias.target)].double() if isinstance(old_bias, fx.Node) else torch.zeros_like(mean)
+    bias = (bias - mean) * factor + (0.0 if beta is None else beta)
+
+    op = op_of(calls[0])
+    assert op is not None
+    tensors[name] = _scaled(tensors[name].double(), factor, op.weight_axis, int(calls[0].kwargs.get("groups", 1))).float()  # type: ignore[arg-type]
+    bias_name = f"{name.removesuffix('weight').rstrip('.')}.folded_bias".lstrip(".")
+    tensors[bias_name] = bias.float()
+    with graph.inserting_after(parameter):
+        bias_node = graph.create_node("get_attr", bias_name, (), {}, name=bias_name.replace(".", "_"))
+    for call, norm in zip(calls, norms, strict=True):
+        call.args = (*call.args[:2], bias_node)
+        norm.replace_all_uses_with(call)
+        graph.erase_node(norm)
+
+
+def _scaled(weight: Tensor, factor: Tensor, axis: int, groups: int) -> Tensor:
+    """A weight times one factor per output channel; transposed convolutions hold (in, out / groups, ...)."""
+    if axis == 0:
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    return (grouped * factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).reshape(weight.shape)

@@ -1,0 +1,84 @@
+"""The canonical graph as JSON and back, from an allow-list of ops: rebuilding a network runs no user code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from calibquant.errors import RunFolderError
+from calibquant.graph.lowering import build
+from calibquant.graph.ops import OPS, op_of
+
+
+def to_json(graph: fx.Graph) -> list[dict[str, Any]]:
+    """The nodes in execution order: name, op, inputs and attributes.
+
+    An input is a node's name, a list of names (for cat), or None for an absent bias.
+
+    Example:
+        >>> from torch import nn
+        >>> import torch
+        >>> from calibquant.graph.capture import capture
+        >>> to_json(capture(nn.ReLU(), torch.zeros(1, 3)).graph)[1]
+        {'name': 'relu', 'op': 'relu', 'inputs': ['x'], 'attributes': {}}
+    """
+    rows: list[dict[str, Any]] = []
+    for node in graph.nodes:
+        op = op_of(node)
+        row = {"name": node.name, "op": op.name if op else node.op}
+        if node.op == "get_attr":
+            row["parameter"] = str(node.target)
+        elif node.op == "output":
+            row["inputs"] = [_names(node.args[0])]
+        elif op:
+            row |= {"inputs": [_names(a) for a in node.args], "attributes": dict(node.kwargs)}
+        rows.append(row)
+    return rows
+
+
+def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    """Rebuild a GraphModule; node names are kept.
+
+    Args:
+        rows: what `to_json` gave (after a trip through JSON).
+        tensors: the parameters by name.
+
+    Raises:
+        RunFolderError: an op is not on the allow-list, or a node or parameter it names is missing.
+    """
+    graph, nodes = fx.Graph(), {}
+
+    def inputs(value: Any) -> Any:
+        return [inputs(v) for v in value] if isinstance(value, list) else None if value is None else nodes[value]
+
+    for row in rows:
+        name = str(row.get("name"))
+        try:
+            if row["op"] == "placeholder":
+                nodes[name] = graph.create_node("placeholder", name, (), {}, name=name)
+            elif row["op"] == "get_attr":
+                parameter = row["parameter"]
+                tensors[parameter]
+                nodes[name] = graph.create_node("get_attr", parameter, (), {}, name=name)
+            elif row["op"] == "output":
+                graph.output(inputs(row["inputs"][0]))
+            elif row["op"] in OPS:
+                attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in row["attributes"].items()}
+                args = tuple(inputs(i) for i in row["inputs"])
+                nodes[name] = graph.create_node("call_function", OPS[row["op"]].run, args, attributes, name=name)
+            else:
+                raise RunFolderError(
+                    f"graph.json, node '{name}'", f"the op '{row['op']}' is not on the allow-list", "update calibquant"
+                )
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise RunFolderError(
+                f"graph.json, node '{name}'", f"is damaged ({type(error).__name__}: {error})", "quantize again"
+            ) from None
+    if not any(n.op == "output" for n in graph.nodes):
+        raise RunFolderError("graph.json", "has no output", "quantize again")
+    return build({str(n.target): tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}, graph)
+
+
+def _names(value: Any) -> Any:
+    return [_names(v) for v in value] if isinstance(value, (list, tuple)) else value.name if value is not None else None

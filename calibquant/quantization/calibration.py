@@ -1,0 +1,95 @@
+"""Calibration: ranges for every quantizer of a QuantModel, from the float network and a set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from calibquant.errors import QuantizationError
+from calibquant.numerics.affine import affine_from_range, quantize_tensor
+from calibquant.quantization.model import QuantModel, parameter_tensors
+from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
+from calibquant.recipe import ActivationRecipe, QuantRecipe
+
+
+def calibrate_weights(model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None) -> None:
+    """Find each weight's range and round it to nearest.
+
+    Args:
+        model: its weight quantizers receive codes, scales and zero points.
+        recipe: the observer.
+        progress: called with (done, total).
+
+    Raises:
+        QuantizationError: a weight is not finite.
+    """
+    tensors = parameter_tensors(model.teacher)
+    for done, (name, quantizer) in enumerate(model.weight_quantizers.items(), start=1):
+        weight, plan = tensors[name], quantizer.plan
+        if not torch.isfinite(weight).all():
+            raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
+        weight_recipe = recipe.weights.model_copy(update={"symmetric": plan.symmetric})
+        low, high = weight_range(weight, weight_recipe, plan.grid, plan.granularity)
+        scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
+        quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
+        if progress:
+            progress(done, len(model.weight_quantizers))
+
+
+def calibrate_activations(
+    model: QuantModel,
+    recipe: ActivationRecipe,
+    batches: Iterable[Tensor],
+    mount: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> None:
+    """Find each activation's range on the float network.
+
+    Args:
+        model: its activation quantizers receive scales and zero points.
+        recipe: the observer.
+        batches: images, (N, C, H, W) float32, already preprocessed.
+        mount: puts the network where images reach it; a part of a larger network is mounted in that.
+
+    Raises:
+        QuantizationError: there are no images, or an activation is not finite.
+    """
+    observers = {
+        name: make_observer(recipe, quantizer.plan.grid)
+        for name, quantizer in model.activation_quantizers.items()
+        if not quantizer.dynamic
+    }
+    observed, images = mount(_Observed(model.teacher, observers)), 0
+    with torch.inference_mode():
+        for batch in batches:
+            observed(batch)
+            images += len(batch)
+    if not images:
+        raise QuantizationError("calibration", "got no images", "give at least two calibration images")
+    for name, observer in observers.items():
+        model.activation_quantizers[name].set_range(*observer.range())
+
+
+class _Observed(nn.Module):
+    """The float network; observers see the outputs of the nodes they stand for."""
+
+    def __init__(self, network: fx.GraphModule, observers: dict[str, ActivationObserver]) -> None:
+        super().__init__()
+        self.network, self.interpreter = network, _Interpreter(network, observers)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.interpreter.run(*inputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, network: fx.GraphModule, observers: dict[str, ActivationObserver]) -> None:
+        super().__init__(network)
+        self.observers = observers
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.observers:
+            self.observers[n.name].update(value)
+        return value

@@ -1,0 +1,180 @@
+"""QuantModel: the float network, the plan, and the quantized network that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.quantization.plan import QuantPlan
+from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one compute node is quantized.
+
+    Args:
+        node: its name in the graph.
+        op: its canonical op.
+        kind: the op's kind.
+        weight_bits: of its weight, None where it has none or it stays float.
+        input_bits: of each activation it reads, None for float.
+        reason: why something of it stays float; empty when all of it is quantized.
+    """
+
+    node: str
+    op: str
+    kind: str
+    weight_bits: int | None
+    input_bits: tuple[int | None, ...]
+    reason: str
+
+
+class QuantModel(nn.Module):
+    """A network of quantized weights and activations, simulated in float32.
+
+    Args:
+        teacher: the float network as a canonical graph, BatchNorm folded. It is never changed.
+        plan: where quantizers stand.
+        dynamic: activation ranges are taken from each batch at run time.
+
+    With every quantizer disabled it computes exactly what the teacher computes.
+
+    Example:
+        >>> from calibquant.graph import capture, fold_batch_norm
+        >>> from calibquant.quantization import make_plan
+        >>> from calibquant.recipe import QuantRecipe
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> teacher = fold_batch_norm(capture(net, torch.zeros(1, 1, 8, 8)))
+        >>> model = QuantModel(teacher, make_plan(teacher, QuantRecipe()))
+        >>> list(model.activation_quantizers)
+        ['x', '_1']
+    """
+
+    def __init__(self, teacher: fx.GraphModule, plan: QuantPlan, dynamic: bool = False) -> None:
+        super().__init__()
+        self.teacher, self.plan = teacher, plan
+        self.weight_quantizers = {name: WeightQuantizer(name, p) for name, p in plan.weights.items()}
+        self.activation_quantizers = {n: ActivationQuantizer(n, p, dynamic) for n, p in plan.activations.items()}
+        self.simulation = self._build()
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The simulated output for inputs of shape (N, ...)."""
+        return self.simulation(*inputs)
+
+    @property
+    def quantizers(self) -> list[WeightQuantizer | ActivationQuantizer]:
+        """All quantizers, in the order in which data passes them."""
+        order: dict[str, WeightQuantizer | ActivationQuantizer] = {}
+        for node in self.teacher.graph.nodes:
+            weight = weight_of(node)
+            if weight is not None and str(weight.target) in self.weight_quantizers:
+                order[f"weight {weight.target}"] = self.weight_quantizers[str(weight.target)]
+            if node.name in self.activation_quantizers:
+                order[f"activation {node.name}"] = self.activation_quantizers[node.name]
+        return list(order.values())
+
+    def enable(self, weights: bool = True, activations: bool = True) -> None:
+        """Switch all quantizers of a kind on or off."""
+        for weight_quantizer in self.weight_quantizers.values():
+            weight_quantizer.enabled = weights
+        for activation_quantizer in self.activation_quantizers.values():
+            activation_quantizer.enabled = activations
+
+    @contextmanager
+    def float_mode(self) -> Iterator[None]:
+        """Within the context every quantizer is off; then each is as it was."""
+        before = [(q, q.enabled) for q in self.quantizers]
+        self.enable(False, False)
+        try:
+            yield
+        finally:
+            for quantizer, enabled in before:
+                quantizer.enabled = enabled
+
+    def coverage(self) -> list[CoverageRow]:
+        """Every compute node, its bits, or the reason why something of it stays float."""
+        return [
+            self._coverage_row(node)
+            for node in self.teacher.graph.nodes
+            if kind_of(node) in COMPUTE or weight_of(node) is not None
+        ]
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> fx.GraphModule:
+        """The teacher's graph with quantizers inserted; parameters are shared with the teacher."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.teacher.graph, copies))
+        root = nn.Module()
+        root.add_module("network", self.teacher)
+        weights, activations = nn.ModuleDict(), nn.ModuleDict()
+        root.add_module("weight_quantizers", weights)
+        root.add_module("activation_quantizers", activations)
+        for node in list(graph.nodes):
+            if node.op == "get_attr":
+                name = str(node.target)
+                node.target = f"network.{name}"
+                if name in self.weight_quantizers:
+                    weights[node.name] = self.weight_quantizers[name]
+                    self._insert(graph, node, f"weight_quantizers.{node.name}")
+            elif node.name in self.activation_quantizers:
+                activations[node.name] = self.activation_quantizers[node.name]
+                self._insert(graph, node, f"activation_quantizers.{node.name}")
+        graph.lint()
+        return fx.GraphModule(root, graph)
+
+    @staticmethod
+    def _insert(graph: fx.Graph, node: fx.Node, target: str) -> None:
+        with graph.inserting_after(node):
+            quantized = graph.call_module(target, (node,))
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+
+    def _coverage_row(self, node: fx.Node) -> CoverageRow:
+        op = op_of(node)
+        assert op is not None
+        weight = weight_of(node)
+        weight_plan = self.plan.weights.get(str(weight.target)) if weight is not None else None
+        sources = [s for s in activations_of(node) if op.kind is not Kind.LOOKUP]
+        bits = tuple(self._bits(node, source) for source in sources)
+        return CoverageRow(
+            node.name, op.name, op.kind.value, weight_plan.grid.bits if weight_plan else None, bits,
+            self._reason(node, weight_plan is not None, bits),
+        )  # fmt: skip
+
+    def _bits(self, node: fx.Node, source: fx.Node) -> int | None:
+        """Bits of the grid on which `node` finds the values of `source`; None for float."""
+        op = op_of(source)
+        if source.name in self.plan.activations:
+            return self.plan.activations[source.name].grid.bits
+        if op is not None and op.keeps_grid:
+            return self._bits(node, activations_of(source)[0])
+        if kind_of(node) is Kind.CONCAT and node.name in self.plan.activations:
+            return self.plan.activations[node.name].grid.bits  # its inputs are put on its own grid
+        return None
+
+    def _reason(self, node: fx.Node, has_weight: bool, bits: tuple[int | None, ...]) -> str:
+        kind = kind_of(node)
+        if kind in (Kind.NORM, Kind.FLOAT):
+            return f"{node.target.__name__} has no integer form and is computed in float"  # type: ignore[union-attr]
+        op = op_of(node)
+        if op is not None and op.weight is not None and not has_weight:
+            return "its weight is computed by the network"
+        if None in bits:
+            return f"not quantized by the {self.plan.placement} placement"
+        constants = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        if kind in (Kind.ADD, Kind.MUL) and constants:
+            return "its constant operand stays float"
+        return ""
+
+
+def parameter_tensors(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """The parameters of a canonical graph by name."""
+    return dict(graph.named_buffers())

@@ -1,0 +1,209 @@
+"""Observers: what collects a tensor's statistics and turns them into a clipping range.
+
+Activation observers stream batches of one per-tensor quantizer, hold bounded state however many images pass, and
+merge, so that several processes can each see a part.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from calibquant.errors import QuantizationError
+from calibquant.numerics.clipping import (
+    Side,
+    kl_range_of,
+    minmax_range,
+    mse_range,
+    mse_range_of,
+    percentile_range,
+    percentile_range_of,
+    side_of,
+)
+from calibquant.numerics.grid import Granularity, Grid, PerTensor
+from calibquant.numerics.histogram import Histogram, finite_extremes
+from calibquant.recipe import ActivationRecipe, WeightRecipe
+
+_Same = TypeVar("_Same", bound="ActivationObserver")
+_DEFAULT_PERCENT: float = ActivationRecipe.model_fields["percentile"].default
+
+
+class ActivationObserver(ABC):
+    """Statistics of one activation tensor over the calibration batches."""
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Take in a batch: float, any shape and device. An empty one changes nothing.
+
+        Raises:
+            DataError: `x` holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def merge(self, other: ActivationObserver) -> None:
+        """Take in what an observer made from the same recipe has seen."""
+
+    @abstractmethod
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Low and high, float32 (), on the CPU.
+
+        Raises:
+            QuantizationError: no value was seen.
+        """
+
+
+def make_observer(recipe: ActivationRecipe, grid: Grid, symmetric: bool | None = None) -> ActivationObserver:
+    """The observer that `recipe.observer` names, for a quantizer on `grid`; `symmetric` None takes the recipe's.
+
+    "minmax": smallest and largest value. "moving-average": means of the batches' minima and maxima. "percentile",
+    "mse", "kl": searches on a histogram of all values. "mse-batch": QDrop's MSEObserver, see `BatchMSEObserver`.
+    """
+    name, symmetric = recipe.observer, recipe.symmetric if symmetric is None else symmetric
+    if name == "minmax":
+        return MinMaxObserver()
+    if name == "moving-average":
+        return AverageObserver()
+    if name == "mse-batch":
+        return BatchMSEObserver(grid, symmetric)
+    if name == "percentile":
+        return HistogramObserver(partial(percentile_range_of, percent=recipe.percentile))
+    if name == "kl":
+        return HistogramObserver(partial(kl_range_of, grid=grid))
+    return HistogramObserver(partial(mse_range_of, grid=grid, symmetric=symmetric))
+
+
+def weight_range(
+    w: Tensor,
+    recipe: WeightRecipe,
+    grid: Grid,
+    granularity: Granularity,
+    symmetric: bool | None = None,
+    *,
+    percent: float = _DEFAULT_PERCENT,
+) -> tuple[Tensor, Tensor]:
+    """The clipping range of a weight by `recipe.observer`: low and high, float32, () or (C,).
+
+    Args:
+        w: float, any shape.
+        symmetric: whether the quantizer is; None takes the recipe's.
+        percent: of the values kept by the observer "percentile", two-sided.
+
+    Raises:
+        QuantizationError: `w` is empty or not finite.
+    """
+    if recipe.observer == "minmax":
+        return minmax_range(w, granularity)
+    if recipe.observer == "percentile":
+        return percentile_range(w, granularity, percent)
+    return mse_range(w, grid, recipe.symmetric if symmetric is None else symmetric, granularity)
+
+
+class MinMaxObserver(ActivationObserver):
+    """Smallest and largest value of all batches."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            self._widen(*finite_extremes(x))
+
+    def merge(self, other: ActivationObserver) -> None:
+        other = _same(self, other)
+        self._widen(other.low, other.high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        _require(self.low <= self.high)
+        return torch.tensor(self.low), torch.tensor(self.high)
+
+    def _widen(self, low: float, high: float) -> None:
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+
+class AverageObserver(ActivationObserver):
+    """Mean of the batches' minima and mean of their maxima, each batch counting once (QDrop's AvgMinMaxObserver)."""
+
+    def __init__(self) -> None:
+        self.low_sum, self.high_sum, self.batches = 0.0, 0.0, 0
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            self._add(*finite_extremes(x), 1)
+
+    def merge(self, other: ActivationObserver) -> None:
+        other = _same(self, other)
+        self._add(other.low_sum, other.high_sum, other.batches)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        _require(self.batches > 0)
+        return torch.tensor(self.low_sum / self.batches), torch.tensor(self.high_sum / self.batches)
+
+    def _add(self, low: float, high: float, batches: int) -> None:
+        self.low_sum, self.high_sum, self.batches = self.low_sum + low, self.high_sum + high, self.batches + batches
+
+
+class HistogramObserver(ActivationObserver):
+    """A histogram of all values, and a search on it.
+
+    Args:
+        search: from a histogram that is not empty to a range.
+    """
+
+    def __init__(self, search: Callable[[Histogram], tuple[Tensor, Tensor]]) -> None:
+        self.histogram, self.search = Histogram.empty(), search
+
+    def update(self, x: Tensor) -> None:
+        self.histogram = self.histogram.add(x)
+
+    def merge(self, other: ActivationObserver) -> None:
+        self.histogram = self.histogram.merge(_same(self, other).histogram)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        _require(self.histogram.total > 0)
+        return self.search(self.histogram)
+
+
+class BatchMSEObserver(ActivationObserver):
+    """QDrop's MSEObserver: the range of least error of every batch, then the widest of these.
+
+    The side (whether values are one-sided) is decided once, on the first batch; an observer that has seen none takes
+    it over when it merges.
+    """
+
+    def __init__(self, grid: Grid, symmetric: bool) -> None:
+        self.grid, self.symmetric = grid, symmetric
+        self.side: Side | None = None
+        self.low, self.high = math.inf, -math.inf
+
+    def update(self, x: Tensor) -> None:
+        if not x.numel():
+            return
+        self.side = self.side or side_of(*finite_extremes(x))
+        low, high = mse_range(x, self.grid, self.symmetric, PerTensor(), side=self.side)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def merge(self, other: ActivationObserver) -> None:
+        other = _same(self, other)
+        self.side = self.side or other.side
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        _require(self.side is not None)
+        return torch.tensor(self.low), torch.tensor(self.high)
+
+
+def _same(mine: _Same, other: ActivationObserver) -> _Same:
+    if not isinstance(other, type(mine)):
+        raise TypeError(f"a {type(mine).__name__} cannot merge a {type(other).__name__}")
+    return other
+
+
+def _require(seen: bool) -> None:
+    if not seen:
+        raise QuantizationError("activation observer", "it has seen no values", "calibrate with at least one image")

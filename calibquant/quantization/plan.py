@@ -1,0 +1,256 @@
+"""The plan: where quantizers stand, and with what grid. A value that can be read, printed, edited and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from calibquant.errors import QuantizationError, nearest
+from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
+from calibquant.recipe import QuantRecipe
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor is quantized.
+
+    Args:
+        grid: its codes.
+        symmetric: the range is symmetric around zero.
+        granularity: what one scale spans.
+        role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), or "integer" (quantized
+            by the integer placement only).
+    """
+
+    grid: Grid
+    symmetric: bool
+    granularity: Granularity = PerTensor()  # noqa: RUF009  (a frozen value)
+    role: str = "main"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
+        return {**asdict(self.grid), "symmetric": self.symmetric, "axis": axis, "role": self.role}
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> TensorPlan:
+        """Inverse of `to_json`."""
+        granularity = PerTensor() if row["axis"] is None else PerChannel(row["axis"])
+        return TensorPlan(Grid(row["bits"], row["signed"]), row["symmetric"], granularity, row["role"])
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Where quantizers stand.
+
+    Args:
+        weights: parameter name -> how it is quantized; each parameter once, however often it is used.
+        activations: node name -> how that node's output is quantized, for all that read it.
+        placement, boundary: the rules it was made by.
+    """
+
+    weights: Mapping[str, TensorPlan]
+    activations: Mapping[str, TensorPlan]
+    placement: str
+    boundary: str
+
+    def with_bits(self, name: str, bits: int) -> QuantPlan:
+        """A copy in which one weight or activation has other bits.
+
+        Raises:
+            QuantizationError: there is no quantizer of that name.
+        """
+        for field in ("weights", "activations"):
+            table = getattr(self, field)
+            if name in table:
+                grid = replace(table[name].grid, bits=bits)
+                return replace(self, **{field: {**table, name: replace(table[name], grid=grid)}})
+        known = [*self.weights, *self.activations]
+        raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
+
+
+def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
+    """Place quantizers on a canonical graph.
+
+    Weights of convolutions, linears and embeddings are quantized, each parameter once.
+
+    Activations, `academic` placement: the output of every convolution, linear, matmul, sum, product and unfolded norm,
+    taken after the activation function that alone reads it, and the concatenation of such outputs. Not quantized are: the
+    image; what only sums read (a residual branch before its addition: the sum is quantized once); what only
+    concatenations read (the concatenation is); and what no further computing op but pools reads (the logits).
+
+    `integer` placement adds, at `residual_bits`, whatever else an integer runtime reads: the image, residual branches,
+    pool outputs. 8-bit weights are symmetric there.
+
+    Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
+    `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's output;
+    `none`: nothing.
+
+    Raises:
+        QuantizationError: there is nothing to quantize.
+    """
+    weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
+    if not weighted:
+        raise QuantizationError("network", "holds no convolution or linear to quantize", "check model.submodule")
+    main = _main_sites(graph.graph)
+    sites = dict.fromkeys(main, "main")
+    if recipe.placement == "integer":
+        sites |= dict.fromkeys(_integer_sites(graph.graph, set(main)), "integer")
+    wide = _boundary(graph.graph, main, recipe.boundary)
+    weights: dict[str, TensorPlan] = {}
+    for node in weighted:
+        name = str(weight_of(node).target)  # type: ignore[union-attr]
+        weights.setdefault(name, _weight_plan(node, recipe, "boundary" if name in wide else "main"))
+    order = [n for n in graph.graph.nodes if n.name in sites]
+    activations = {n.name: _activation_plan(recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
+    return QuantPlan(weights, activations, recipe.placement, recipe.boundary)
+
+
+# --- where activations are quantized ----------------------------------------------------------------------------------
+
+_PRODUCERS = {Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.NORM, Kind.FLOAT}
+_FRESH = {Kind.ACTIVATION, Kind.NORM, Kind.FLOAT}  # what they compute is quantized at their own output
+
+
+def _main_sites(graph: fx.Graph) -> list[str]:
+    """Names of the nodes quantized in either placement, in execution order."""
+    found = []
+    absorbed: set[fx.Node] = set()
+    image = _image_nodes(graph)
+    for node in graph.nodes:
+        if node in image:
+            continue
+        if kind_of(node) in _PRODUCERS or (kind_of(node) is Kind.ACTIVATION and node not in absorbed):
+            site = node
+            while len(site.users) == 1 and kind_of(reader := next(iter(site.users))) is Kind.ACTIVATION:
+                site = reader
+                absorbed.add(site)
+            if _is_main(node, site):
+                found.append(site.name)
+    return list(dict.fromkeys(found))
+
+
+def _image_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs and what is made of them before the first weight: normalization, padding, resizing."""
+    image: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = activations_of(node)
+        if node.op == "placeholder" or (sources and weight_of(node) is None and all(s in image for s in sources)):
+            image.add(node)
+    return image
+
+
+def _is_main(producer: fx.Node, site: fx.Node) -> bool:
+    readers = {kind_of(r) for r in _readers(site)} - _FRESH - {None}
+    if not readers or not _read_by_compute(site):
+        return False
+    if readers == {Kind.CONCAT}:
+        return False
+    return not (readers == {Kind.ADD} and site is producer and kind_of(site) is not Kind.CONCAT)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's values, looking through ops that only move them."""
+    found = []
+    for user in node.users:
+        op = op_of(user)
+        found += _readers(user) if op and op.kind is Kind.MOVE else [user]
+        if op and op.kind is Kind.POOL and op.keeps_grid:
+            found += _readers(user)
+    return found
+
+
+def _read_by_compute(node: fx.Node) -> bool:
+    """Whether any computing op other than a pool comes after a node."""
+    pending, seen = [node], set()
+    while pending:
+        for user in pending.pop().users:
+            kind = kind_of(user)
+            if kind in COMPUTE and kind is not Kind.POOL:
+                return True
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _integer_sites(graph: fx.Graph, main: set[str]) -> list[str]:
+    """Names of the nodes that an integer runtime reads and that are not quantized yet."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        op = op_of(node)
+        if op is None or not op.integer:
+            continue
+        for source in activations_of(node):
+            origin = _origin(source)
+            if origin.name in main or not _is_float_tensor(origin):
+                continue
+            if op.kind is Kind.CONCAT and node.name in main and _only_concatenated(origin, main):
+                continue
+            found[origin.name] = None
+    return list(found)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose grid a node's values lie on: itself, or what it moves values from."""
+    op = op_of(node)
+    while op is not None and op.keeps_grid:
+        node = activations_of(node)[0]
+        op = op_of(node)
+    return node
+
+
+def _only_concatenated(node: fx.Node, main: set[str]) -> bool:
+    """Whether all readers are concatenations that are quantized themselves, so that their grid serves."""
+    return all(kind_of(r) is Kind.CONCAT and r.name in main for r in _readers(node))
+
+
+def _is_float_tensor(node: fx.Node) -> bool:
+    """Integer indices of an embedding are no activations."""
+    return not (node.op == "placeholder" and all(kind_of(u) is Kind.LOOKUP for u in node.users))
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+def _boundary(graph: fx.Graph, main: list[str], rule: str) -> set[str]:
+    """Names of the weights and activations that the boundary rule keeps wider."""
+    weighted = [n for n in graph.nodes if weight_of(n) is not None and kind_of(n) is not Kind.LOOKUP]
+    if rule == "none" or not weighted:
+        return set()
+    weights = [str(weight_of(n).target) for n in weighted]  # type: ignore[union-attr]
+    wide = {weights[0], weights[-1]}
+    if rule in ("qdrop", "captq"):
+        wide |= set(main[-1:])
+    if rule in ("brecq", "captq"):
+        wide |= set(_site_of(weighted[0], main))
+    return wide
+
+
+def _site_of(node: fx.Node, main: list[str]) -> list[str]:
+    """The main quantizer that a layer's output passes first, if any."""
+    while node.name not in main:
+        if len(node.users) != 1:
+            return []
+        node = next(iter(node.users))
+    return [node.name]
+
+
+def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
+    op = op_of(node)
+    assert op is not None
+    bits = max(recipe.weights.bits, recipe.boundary_bits) if role == "boundary" else recipe.weights.bits
+    symmetric = recipe.weights.symmetric or (recipe.placement == "integer" and bits == 8)
+    granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
+    return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role)
+
+
+def _activation_plan(recipe: QuantRecipe, role: str) -> TensorPlan:
+    bits = recipe.activations.bits
+    if role != "main":
+        bits = max(bits, recipe.boundary_bits if role == "boundary" else recipe.residual_bits)
+    return TensorPlan(Grid(bits), recipe.activations.symmetric, PerTensor(), role)

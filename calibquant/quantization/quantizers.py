@@ -1,0 +1,93 @@
+"""Quantizer modules: what stands in the simulated network where the plan says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.errors import QuantizationError
+from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
+from calibquant.quantization.plan import TensorPlan
+
+
+class WeightQuantizer(nn.Module):
+    """Puts a parameter's codes in place of its float values. Holds a QTensor once calibrated.
+
+    Args:
+        name: the parameter's name.
+        plan: its grid.
+    """
+
+    def __init__(self, name: str, plan: TensorPlan) -> None:
+        super().__init__()
+        self.name, self.plan, self.enabled = name, plan, True
+        self.codes: Tensor | None
+        self.scale: Tensor
+        self.zero_point: Tensor
+        for buffer in ("codes", "scale", "zero_point"):
+            self.register_buffer(buffer, None)
+
+    def set(self, value: QTensor) -> None:
+        """Take new codes, scale and zero point."""
+        self.codes, self.scale, self.zero_point = value.codes, value.scale, value.zero_point
+
+    def get(self) -> QTensor:
+        """The codes and what they mean.
+
+        Raises:
+            QuantizationError: not calibrated yet.
+        """
+        if self.codes is None:
+            raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
+        return QTensor(self.codes, self.scale, self.zero_point, self.plan.grid, self.plan.granularity)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled."""
+        return self.get().dequantize() if self.enabled else weight
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a tensor to its grid.
+
+    Args:
+        name: of the node whose output it quantizes.
+        plan: its grid.
+        dynamic: take the min-max range of every batch instead of a stored one.
+    """
+
+    def __init__(self, name: str, plan: TensorPlan, dynamic: bool = False) -> None:
+        super().__init__()
+        self.name, self.plan, self.dynamic, self.enabled = name, plan, dynamic, True
+        self.scale: Tensor | None
+        self.zero_point: Tensor
+        for buffer in ("scale", "zero_point"):
+            self.register_buffer(buffer, None)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take the scale and zero point of a clipping range, float, shape ()."""
+        self.scale, self.zero_point = activation_affine(low, high, self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` on the grid, float32, the same shape; `x` itself when disabled.
+
+        Raises:
+            QuantizationError: not calibrated yet.
+        """
+        if not self.enabled:
+            return x
+        if self.dynamic:
+            scale, zero_point = activation_affine(*torch.aminmax(x), self.plan)
+        elif self.scale is None:
+            raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
+        else:
+            scale, zero_point = self.scale, self.zero_point
+        return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
+
+
+def activation_affine(low: Tensor, high: Tensor, plan: TensorPlan) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an activation range.
+
+    A symmetric plan decides the sign from the data: without negative values the whole grid serves [0, high].
+    """
+    symmetric = plan.symmetric and bool((low < 0).any())
+    return affine_from_range(low, high, plan.grid, symmetric)

@@ -1,0 +1,182 @@
+"""The run folder: what a run leaves, written so that an interrupted run leaves nothing that looks finished.
+
+A run is written to `.<name>.partial` beside its final place and renamed when it is complete; files are written to a
+temporary name and renamed. The receipt holds the hash of every file, and reading a run checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibquant.errors import RunFolderError
+
+FORMAT_VERSION = 1
+RECEIPT = "receipt.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder of files with known names.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Write a file atomically.
+
+        Raises:
+            RunFolderError: the disk is full or the folder cannot be written.
+        """
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        return write_atomic(self.path / name, data)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a value as JSON, keys in their given order; a non-finite number is an error."""
+        return self.write(name, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            RunFolderError: it is missing or cannot be read.
+        """
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise RunFolderError(
+                self.path / name, f"cannot be read ({error.strerror})", "name a complete run folder"
+            ) from None
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value.
+
+        Raises:
+            RunFolderError: it is missing or not JSON.
+        """
+        try:
+            return json.loads(self.read(name))
+        except ValueError:
+            raise RunFolderError(self.path / name, "is damaged (no valid JSON)", "quantize again") from None
+
+    def seal(self, receipt: dict[str, Any]) -> None:
+        """Write the receipt: the given facts, the format version and the hash of every file in the folder."""
+        files = {p.name: sha256(p.read_bytes()) for p in sorted(self.path.iterdir()) if p.name not in (RECEIPT, "log.txt")}
+        self.write_json(RECEIPT, {"format_version": FORMAT_VERSION, **receipt, "files": files})
+
+
+@contextmanager
+def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
+    """Create `<root>/<stem>-NNN`; it appears under that name when the context ends without an error.
+
+    Yields:
+        the folder under its temporary name. Use `final_path` for its final one.
+
+    Raises:
+        RunFolderError: the folder cannot be created, or writing fails. Nothing is left behind.
+    """
+    partial = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = _claim(root, stem)
+        yield RunFolder(partial)
+        os.replace(partial, final_path(partial))
+    except OSError as error:
+        raise disk_error(error, root) from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def final_path(partial: Path) -> Path:
+    """Where a partial run folder will stand when complete."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+
+
+def open_run(path: Path) -> RunFolder:
+    """A complete run folder, its version and hashes checked.
+
+    Raises:
+        RunFolderError: it is missing, incomplete, of another version or damaged.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise RunFolderError(path, "there is no such run folder", "list the folder runs/ for what is there")
+    if not (path / RECEIPT).is_file():
+        raise RunFolderError(path, f"is no run folder ({RECEIPT} is missing)", "name a folder that calibquant wrote")
+    receipt = folder.read_json(RECEIPT)
+    version = receipt.get("format_version") if isinstance(receipt, dict) else None
+    if version != FORMAT_VERSION:
+        raise RunFolderError(
+            path / RECEIPT, f"format version {version} is not {FORMAT_VERSION}", "use the calibquant that wrote it"
+        )
+    for name, expected in receipt.get("files", {}).items():
+        if sha256(folder.read(name)) != expected:
+            raise RunFolderError(path / name, "is damaged (its hash is not the receipt's)", "restore it or quantize again")
+    return folder
+
+
+def newest_run(root: Path) -> Path:
+    """The most recently completed run in a folder of runs.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    runs = [p for p in root.glob("*/" + RECEIPT) if not p.parent.name.startswith(".")]
+    if not runs:
+        raise RunFolderError(root, "holds no run yet", "run calibquant quantize, or name a run folder")
+    return max(runs, key=lambda p: (p.stat().st_mtime_ns, p.parent.name)).parent
+
+
+def write_atomic(path: Path, data: bytes) -> Path:
+    """Write a file so that either the old or the complete new content stands there.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    return path
+
+
+def disk_error(error: OSError, path: Path) -> RunFolderError:
+    """A disk's refusal as one line."""
+    return RunFolderError(
+        error.filename or path, f"cannot be written ({error.strerror})", "free space there, or choose another runs= folder"
+    )
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _claim(root: Path, stem: str) -> Path:
+    taken = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(rf"\.?{re.escape(stem)}-(\d+)(\.partial)?", p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        partial = root / f".{stem}-{number:03d}.partial"
+        try:
+            partial.mkdir()
+            return partial
+        except FileExistsError:
+            number += 1

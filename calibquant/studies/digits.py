@@ -1,0 +1,55 @@
+"""The demo: a small ResNet trained on handwritten digits, then quantized at several bit widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibquant.data import batches, open_images
+from calibquant.pipeline import Reporter, Run, quantize
+from calibquant.recipe import Recipe, make_recipe
+from calibquant.training import fit
+from calibquant.zoo import build, save_weights
+
+EPOCHS = 12
+FIELDS: dict[str, Any] = {
+    "model": {"name": "digits_resnet"},
+    "data": {"kind": "digits", "preprocess": {"resize": 16, "mean": [0.5], "std": [0.5]}},
+    "calibration": {"count": 256},
+    "quant": {"placement": "integer", "boundary": "qdrop"},
+}
+
+
+def digits_recipe(weights: Path, bits: int, runs: Path, seed: int) -> Recipe:
+    """The demo's recipe at W`bits`A`bits`."""
+    return make_recipe(
+        FIELDS | {"runs": str(runs), "seed": seed},
+        [f"model.weights={weights}", f"quant.weights.bits={bits}", f"quant.activations.bits={bits}"],
+    )
+
+
+def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Path:
+    """Train the demo's network on scikit-learn's digits (1,200 images of 8×8, enlarged to 16×16) and save it.
+
+    Returns:
+        `path`, a safetensors file.
+    """
+    recipe = make_recipe(FIELDS)
+    images = open_images(recipe.data, "calibration")
+    batch = next(batches(images, len(images)))
+    if reporter:
+        reporter.step(1, 1, f"Train a small ResNet on {len(images)} digits")
+    torch.manual_seed(seed)
+    network = build("digits_resnet")
+    fit(network, batch.images, batch.labels, EPOCHS, seed, progress=reporter.progress if reporter else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(network, path)
+    return path
+
+
+def run_digits(runs: Path, seed: int, bits: tuple[int, ...], reporter: Reporter | None = None) -> list[Run]:
+    """Train once, quantize once for each bit width."""
+    weights = train_digits(runs / "demo-digits.safetensors", seed, reporter)
+    return [quantize(digits_recipe(weights, b, runs, seed), reporter=reporter) for b in bits]

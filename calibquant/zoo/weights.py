@@ -1,0 +1,183 @@
+"""Weights in files: loading them without running code, and saving them.
+
+Nothing here unpickles: .safetensors files hold no code, every other file goes through torch's restricted reader.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calibquant.errors import ModelError, nearest
+from calibquant.recipe import ModelRecipe
+from calibquant.zoo.registry import build, names
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+PREFIXES = ("module.", "_orig_mod.")
+_SAVE_STATE = "save network.state_dict() with torch.save, or as .safetensors, and give that file"
+
+
+def build_model(recipe: ModelRecipe) -> nn.Module:
+    """The whole network a recipe names, with its weights if it gives a file, in eval mode.
+
+    Raises:
+        ModelError: the name is missing, or it, an option or the file of weights is not valid.
+
+    Example:
+        >>> build_model(ModelRecipe(name="digits_resnet")).training
+        False
+    """
+    if recipe.name is None:
+        raise ModelError("model.name", "no network is named", "give a name of the zoo: " + ", ".join(names()))
+    network = build(recipe.name, **recipe.options)
+    if recipe.weights is not None:
+        load_weights(network, recipe.weights)
+    return network.eval()
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a state_dict into `network`, all of it or, on an error, nothing.
+
+    A dictionary around the state_dict (`state_dict`, `model`, `model_state_dict`, `net`) and a prefix common to all
+    keys (`module.`, `_orig_mod.`) are taken off; `num_batches_tracked` may be missing.
+
+    Args:
+        network: receives the weights; its keys and shapes must be those of the file.
+        path: .safetensors, or what torch.save wrote.
+
+    Raises:
+        ModelError: the file is missing, damaged, not weights, holds code, or does not fit the network.
+    """
+    path = Path(path)
+    targets = network.state_dict()
+    loaded = _strip_prefixes(_state_dict(_read(path), path), targets)
+    _check_keys(loaded, targets, path)
+    ready = {key: _checked(key, value, targets[key], path) for key, value in loaded.items()}
+    with torch.no_grad():
+        for key, value in ready.items():
+            targets[key].copy_(value)
+
+
+def save_weights(network: nn.Module, path: str | Path) -> None:
+    """Write the network's state_dict as safetensors; the file appears complete or not at all.
+
+    Raises:
+        ModelError: the name does not end with .safetensors, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ModelError(path, "weights are written as safetensors", "end the name with .safetensors")
+    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(state, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ModelError(path, f"cannot be written ({error})", "give a path in a writable folder") from None
+
+
+def _read(path: Path) -> object:
+    """The object a file holds; only tensors, numbers, strings and containers of them can come out."""
+    if not path.is_file():
+        raise ModelError(path, "there is no such file", "give the path of a file of weights")
+    # The readers raise nearly every kind of exception on damaged bytes.
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device="cpu")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, str(error)) from None
+    except OSError as error:
+        if error.strerror:
+            raise ModelError(path, f"cannot be read ({error.strerror})", "check the file's permissions") from None
+        raise _damaged(path) from None
+    except Exception as error:
+        if "TorchScript" in str(error):
+            raise ModelError(path, "is a TorchScript program, not weights", _SAVE_STATE) from None
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(path, "is not a file of weights, or is truncated or damaged", "download or save it again")
+
+
+def _refusal(path: Path, reason: str) -> ModelError:
+    """Why torch's restricted reader did not accept a pickle."""
+    named = re.search(r"GLOBAL ([\w.]+)", reason)
+    if named is None:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == pickle.PROTO
+        return ModelError(path, "is a plain pickle, which can run code", _SAVE_STATE) if is_pickle else _damaged(path)
+    needed = [named[1]]
+    with suppress(ValueError, RuntimeError):  # torch lists them for its zip format only
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(path) or needed
+    if any(name.startswith("torch.nn.modules.") for name in needed):
+        return ModelError(path, "is a whole pickled network, whose loading runs code", _SAVE_STATE)
+    return ModelError(path, f"is a pickle that would run code ({named[1]}); it was not loaded", _SAVE_STATE)
+
+
+def _state_dict(held: object, path: Path) -> dict[str, Tensor]:
+    """The state_dict in what a file holds, taken out of its wrapper."""
+    if isinstance(held, Mapping):
+        held = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), held)
+    if not isinstance(held, Mapping):
+        raise ModelError(path, f"holds a {type(held).__name__}, not a state_dict", _SAVE_STATE)
+    if not held:
+        raise ModelError(path, "holds an empty state_dict", _SAVE_STATE)
+    for key, value in held.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ModelError(f"{path}, entry '{key}'", f"is a {type(value).__name__}, not a tensor", _SAVE_STATE)
+    return dict(held)
+
+
+def _strip_prefixes(loaded: dict[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`loaded` without the prefixes that wrappers of the network added to every key."""
+    for prefix in (*PREFIXES, *PREFIXES):
+        everywhere = all(key.startswith(prefix) for key in loaded)
+        if everywhere and not any(key.startswith(prefix) for key in targets):
+            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return loaded
+
+
+def _check_keys(loaded: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
+    missing = [key for key in targets if key not in loaded and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in loaded if key not in targets]
+    if not missing and not unexpected:
+        return
+    parts = [_some(word, keys) for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    hint = nearest(unexpected[0], missing) if missing and unexpected else ""
+    close = f" ({unexpected[0]}: {hint})" if hint.startswith("did you mean") else ""
+    mend = "check model.name and model.options, e.g. num_classes" + close
+    raise ModelError(path, "does not fit the network: " + ", ".join(parts), mend)
+
+
+def _some(word: str, keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return f"{len(keys)} {word} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+
+
+def _checked(key: str, value: Tensor, target: Tensor, path: Path) -> Tensor:
+    """`value` as it will be copied into `target`."""
+    where = f"{path}, tensor '{key}'"
+    if value.shape != target.shape:
+        problem = f"has shape {tuple(value.shape)}, but the network's is {tuple(target.shape)}"
+        raise ModelError(where, problem, "check model.name and model.options, e.g. num_classes")
+    if target.is_floating_point() and not value.is_floating_point():
+        raise ModelError(where, f"holds {value.dtype}, not real numbers", "give the weights of the float network")
+    value = value.to(target.dtype)
+    if target.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ModelError(where, "holds NaN or infinite values", "give weights of a training that did not diverge")
+    return value

@@ -1,0 +1,213 @@
+"""Preprocessing against an independent computation, and every way an image can be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calibquant.data.imageset import UnreadableImageError
+from calibquant.data.preprocess import (
+    center_crop,
+    check_preprocess,
+    decode,
+    preprocess,
+    preprocess_pixels,
+    resize,
+)
+from calibquant.errors import DataError
+from calibquant.recipe import Preprocess
+
+Save = Callable[..., Path]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# Expected sizes are worked out by hand from torchvision's rule: the long side is int(size * long / short).
+@pytest.mark.parametrize(
+    ("height", "width", "size", "expected"),
+    [
+        (480, 640, 256, (256, 341)),
+        (640, 480, 256, (341, 256)),
+        (333, 500, 256, (256, 384)),
+        (300, 500, 256, (256, 426)),
+        (100, 100, 32, (32, 32)),
+        (7, 10, 5, (5, 7)),
+        (10, 7, (4, 9), (4, 9)),
+        (8, 8, 16, (16, 16)),
+    ],
+)
+def test_resize_gives_torchvisions_size(
+    height: int, width: int, size: int | tuple[int, int], expected: tuple[int, int]
+) -> None:
+    resized = resize(picture(height, width), size, "bilinear")
+    assert (resized.height, resized.width) == expected
+
+
+@pytest.mark.parametrize("size", [6, (6, 9)])
+def test_resize_to_the_same_size_is_skipped(size: int | tuple[int, int]) -> None:
+    image = picture(6, 9)
+    assert resize(image, size, "bicubic") is image
+
+
+def test_bilinear_enlarges_by_the_triangle_filter() -> None:
+    # Doubling two columns 0 and 200: centres at 1/4 and 3/4 mix the neighbours 3:1, the borders repeat.
+    image = Image.fromarray(np.array([[0, 200]], dtype=np.uint8))
+    assert np.asarray(resize(image, (1, 4), "bilinear")).tolist() == [[0, 50, 150, 200]]
+
+
+def test_bilinear_shrinks_with_antialiasing() -> None:
+    # Halving spreads the triangle over four columns: weights 1, 3, 3, 1 of 8 (border columns 3, 3, 1 of 7).
+    row = np.array([[0, 80, 160, 240]], dtype=np.uint8)
+    expected = [(3 * 0 + 3 * 80 + 160) / 7, (80 + 3 * 160 + 3 * 240) / 7]
+    got = np.asarray(resize(Image.fromarray(row), (1, 2), "bilinear"))[0]
+    np.testing.assert_allclose(got, expected, atol=0.51)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolation_is_the_named_pil_filter(interpolation: str) -> None:
+    image = picture(9, 13)
+    expected = image.resize((7, 5), getattr(Image.Resampling, interpolation.upper()))
+    assert resize(image, (5, 7), interpolation).tobytes() == expected.tobytes()
+
+
+# Offsets by hand: half of an odd difference rounds to even, (5 - 2) / 2 = 1.5 -> 2 and (7 - 2) / 2 = 2.5 -> 2.
+@pytest.mark.parametrize(
+    ("height", "width", "size", "top", "left"),
+    [(5, 7, 2, 2, 2), (6, 9, (4, 4), 1, 2), (4, 4, 4, 0, 0), (5, 4, (2, 3), 2, 0), (256, 341, 224, 16, 58)],
+)
+def test_center_crop_takes_torchvisions_window(
+    height: int, width: int, size: int | tuple[int, int], top: int, left: int
+) -> None:
+    image = picture(height, width)
+    h, w = (size, size) if isinstance(size, int) else size
+    expected = np.asarray(image)[top : top + h, left : left + w]
+    np.testing.assert_array_equal(np.asarray(center_crop(image, size, "x")), expected)
+
+
+@pytest.mark.parametrize("size", [7, (4, 20), (7, 2)])
+def test_crop_larger_than_the_image_names_both_sizes(size: int | tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=r"cat\.jpg: the crop of \d+ x \d+ is larger than the image of 6 x 9; set data"):
+        center_crop(picture(6, 9), size, "cat.jpg")
+
+
+def test_whole_chain_equals_an_independent_computation() -> None:
+    settings = Preprocess(resize=20, crop=(16, 12), interpolation="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    image = picture(30, 45)
+    pixels = np.asarray(image.resize((30, 20), Image.Resampling.BICUBIC)).astype(np.float64)[2:18, 9:21]
+    expected = ((pixels / 255 - settings.mean) / settings.std).transpose(2, 0, 1)
+    got = preprocess(image, settings, "x")
+    assert got.dtype == torch.float32
+    assert got.shape == (3, 16, 12)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
+
+
+def test_normalization_has_the_bits_of_torchvisions_arithmetic() -> None:
+    settings = Preprocess()
+    image = picture(5, 5)
+    chw = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (settings.mean, settings.std))
+    assert torch.equal(preprocess(image, settings, "x"), chw.clone().sub_(mean).div_(std))
+
+
+def test_grey_images_keep_one_channel() -> None:
+    grey = Image.fromarray(np.array([[0, 255], [51, 102]], dtype=np.uint8))
+    got = preprocess(grey, Preprocess(mean=(0.5,), std=(0.5,)), "x")
+    torch.testing.assert_close(got, torch.tensor([[[-1.0, 1.0], [-0.6, -0.2]]]))
+
+
+@pytest.mark.parametrize("settings", [Preprocess(), Preprocess(resize=32), Preprocess(crop=32)])
+def test_fast_path_equals_the_way_through_pil(settings: Preprocess) -> None:
+    image = picture(32, 32)
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    assert torch.equal(preprocess_pixels(pixels, settings, "x"), preprocess(image, settings, "x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("g.png", "L"), ("c.jpg", "CMYK"), ("p.png", "P"), ("a.png", "RGBA"), ("la.png", "LA"), ("b.png", "1")],
+)
+def test_other_colours_are_converted_or_refused(save_image: Save, name: str, mode: str) -> None:
+    path = save_image(name, mode=mode)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(path, "convert", name)), expected)
+    with pytest.raises(DataError, match=rf"{name}: is not a 3-channel RGB image \(PIL mode {mode}\); .*data.preproc"):
+        decode(path, "strict", name)
+
+
+def test_cmyk_conversion_is_the_plain_formula(tmp_path: Path) -> None:
+    path = tmp_path / "c.tif"
+    Image.new("CMYK", (2, 2), (255, 0, 100, 0)).save(path)
+    assert np.asarray(decode(path, "convert", "c"))[0, 0].tolist() == [0, 255, 155]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "mode"), [("a.png", np.uint16, "I;16"), ("a.tif", np.int32, "I"), ("b.tif", np.float32, "F")]
+)
+@pytest.mark.parametrize("color", ["convert", "strict"])
+def test_more_than_8_bits_are_refused(tmp_path: Path, name: str, dtype: type, mode: str, color: str) -> None:
+    path = tmp_path / name
+    Image.fromarray(np.full((4, 4), 300, dtype=dtype)).save(path)
+    with pytest.raises(DataError, match=rf"more than 8 bits a channel \(PIL mode {mode}\); convert it to 8 bits"):
+        decode(path, color, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"not an image at all", "is a truncated or corrupt image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is a truncated or corrupt image"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "is a truncated or corrupt image"),
+        (None, "there is no such file"),
+    ],
+)
+def test_unreadable_files_name_the_file(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=f"bad.png: {problem}; .*data.on_error to skip"):
+        decode(path, "convert", str(path))
+
+
+@pytest.mark.parametrize("name", ["t.jpg", "t.png", "t.webp", "t.bmp"])
+def test_truncated_files_are_refused(save_image: Save, name: str) -> None:
+    path = save_image(name, 64, 64)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableImageError, match=f"{name}: is a truncated or corrupt image"):
+        decode(path, "convert", str(path))
+
+
+def test_a_folder_in_place_of_a_file_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(UnreadableImageError, match="cannot be read"):
+        decode(tmp_path / "d.png", "convert", "d.png")
+
+
+@pytest.mark.parametrize(
+    ("fields", "channels", "message"),
+    [
+        (
+            {"mean": (0.5, 0.5, 0.5), "std": (1.0,)},
+            1,
+            r"data.preprocess.mean: has length 3 .* 1 channel; .*mean: \[0.5\]",
+        ),
+        ({"mean": (0.5,), "std": (1.0, 1.0, 1.0)}, 1, "data.preprocess.std: has length 3"),
+        ({"mean": (0.5,)}, 3, r"data.preprocess.mean: has length 1 .* 3 channels; .*\[0.5, 0.5, 0.5\]"),
+        ({"std": (1.0, 0.0, 1.0)}, 3, "data.preprocess.std: holds a number out of range"),
+        ({"mean": (float("nan"), 0.0, 0.0)}, 3, "data.preprocess.mean: holds a number out of range"),
+        ({"resize": 0}, 3, "data.preprocess.resize: 0 is not a size"),
+        ({"crop": (4, -1)}, 3, "data.preprocess.crop: .* is not a size"),
+    ],
+)
+def test_settings_that_do_not_fit_name_their_field(fields: dict[str, object], channels: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_preprocess(Preprocess.model_validate(fields), channels)

@@ -1,0 +1,412 @@
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from calibquant.errors import QuantizationError
+from calibquant.numerics.affine import affine_from_range, fake_quantize
+from calibquant.numerics.clipping import (
+    kl_range_of,
+    minmax_range,
+    mse_range,
+    mse_range_exhaustive,
+    mse_range_of,
+    percentile_range,
+    percentile_range_of,
+)
+from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
+from calibquant.numerics.histogram import Histogram
+from calibquant.numerics.mse_bounds import group_levels
+from calibquant.numerics.rows import Rows, padded
+
+torch.set_num_threads(1)
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "heavy tails": lambda x: x**5,
+    "skewed": torch.exp,
+    "relu": torch.relu,
+    "negative": lambda x: -x.abs(),
+    "integers": lambda x: (2 * x).round(),
+    "constant": lambda x: torch.full_like(x, 0.3),
+    "negative constant": lambda x: torch.full_like(x, -7.0),
+    "zeros": torch.zeros_like,
+    "one-sided rows": lambda x: torch.cat([x[:1].abs() + 1e-3, -x[1:].abs()]),
+    "a dead row": lambda x: torch.cat([x[:1] * 0, x[1:]]),
+    "a nearly dead row": lambda x: torch.cat([x[:1] * 1e-7, x[1:]]),
+    "tiny": lambda x: x * 1e-30,
+    "small": lambda x: x * 1e-5,
+    "huge": lambda x: x * 1e12,
+    "an outlier": lambda x: torch.cat([x[:1], x[1:] + 50 * (torch.arange(x[1:].numel()) == 0).view_as(x[1:])]),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error_of(x: Tensor, low: Tensor, high: Tensor, grid: Grid, symmetric: bool) -> float:
+    """Mean |x - q|^2.4 of a whole tensor in float64, from the definition of an affine grid."""
+    scale, zero = (float(v) for v in affine_from_range(low, high, grid, symmetric))
+    v = x.double().numpy()
+    q = (np.clip(np.rint(v / scale) + zero, grid.qmin, grid.qmax) - zero) * scale
+    return float(np.mean(np.abs(v - q) ** 2.4))
+
+
+def candidates_by_hand(v: np.ndarray, grid: Grid, symmetric: bool, side: str) -> list[tuple[float, float]]:
+    """The family of ranges, written as plain loops in float64."""
+    low, high = float(v.min()), float(v.max())
+    if side != "no" or symmetric:
+        ends = [max(abs(low), abs(high)) * i / 100 for i in range(1, 101)]
+        return [(0.0 if side == "pos" else -t, 0.0 if side == "neg" else t) for t in ends]
+    low, high, found = min(low, 0.0), max(high, 0.0), []
+    for i in range(1, 101):
+        width = (high - low) * i / 100
+        delta = width / grid.steps
+        found += [(-z * delta, width - z * delta) for z in range(grid.steps + 1)]
+    return found
+
+
+# ------------------------------------------------------------------------------------------ the fast search is exact
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    kind=st.sampled_from(sorted(SHAPES)),
+    rows=st.integers(2, 5),
+    size=st.sampled_from([1, 2, 3, 9, 27, 64, 65]),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    signed=st.booleans(),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from([PerTensor(), PerChannel(0), PerChannel(1)]),
+    p=st.sampled_from([2.4, 1.0, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_short_rows_equal_exhaustive(
+    kind: str,
+    rows: int,
+    size: int,
+    bits: int,
+    signed: bool,
+    symmetric: bool,
+    granularity: Granularity,
+    p: float,
+    seed: int,
+) -> None:
+    x = SHAPES[kind](normal(rows, size, seed=seed))
+    grid = Grid(bits, signed)
+    expected = mse_range_exhaustive(x, grid, symmetric, granularity, p)
+    found = mse_range(x, grid, symmetric, granularity, p)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(SHAPES)),
+    size=st.sampled_from([300, 1025, 3000]),
+    bits=st.sampled_from([2, 3, 4]),
+    signed=st.booleans(),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from([PerTensor(), PerChannel(0)]),
+    seed=st.integers(0, 10**6),
+)
+def test_grouped_rows_equal_exhaustive(
+    kind: str, size: int, bits: int, signed: bool, symmetric: bool, granularity: Granularity, seed: int
+) -> None:
+    x = SHAPES[kind](normal(2, size, seed=seed))
+    grid = Grid(bits, signed)
+    expected = mse_range_exhaustive(x, grid, symmetric, granularity)
+    found = mse_range(x, grid, symmetric, granularity)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("kind", "bits", "size"), [("heavy tails", 4, 60_000), ("skewed", 3, 100_000)])
+def test_several_levels_of_groups_equal_exhaustive(kind: str, bits: int, size: int) -> None:
+    x, grid = SHAPES[kind](normal(2, size // 2)), Grid(bits)
+    assert len(group_levels(Rows(padded(x.reshape(1, -1)), size), grid)) > 1
+    expected = mse_range_exhaustive(x, grid, False, PerTensor())
+    assert mse_range(x, grid, False, PerTensor()) == expected
+
+
+def test_the_result_does_not_depend_on_threads_or_neighbours() -> None:
+    x = normal(6, 5000) ** 3
+    together = mse_range(x, Grid(4), False, PerChannel(0))
+    try:
+        torch.set_num_threads(2)
+        again = mse_range(x, Grid(4), False, PerChannel(0))
+    finally:
+        torch.set_num_threads(1)
+    alone = [mse_range(row, Grid(4), False, PerTensor(), side="no") for row in x]
+    for i, end in enumerate(together):
+        assert torch.equal(end, again[i])
+        assert torch.equal(end, torch.stack([a[i] for a in alone]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(sorted(SHAPES)),
+    bits=st.sampled_from([2, 3, 4, 6]),
+    seed=st.integers(0, 10**6),
+    weighted=st.booleans(),
+    low=st.floats(-1, 0),
+    width=st.floats(0.01, 1.5),
+)
+def test_group_bounds_never_exceed_the_error(
+    kind: str, bits: int, seed: int, weighted: bool, low: float, width: float
+) -> None:
+    x, grid = SHAPES[kind](normal(2, 2048, seed=seed)), Grid(bits)
+    weights = normal(2, 2048, seed=seed + 1).abs()
+    weights /= weights.sum(1, keepdim=True)
+    rows = Rows(padded(x), 2048, padded(weights) if weighted else None)
+    extent = x.abs().amax(1)
+    scale, zero = affine_from_range(extent * low, extent * (low + width), grid, symmetric=False)
+    v, s, z = x.double().numpy(), scale.double().numpy()[:, None], zero.numpy()[:, None]
+    q = (np.clip(np.rint(v / s) + z, grid.qmin, grid.qmax) - z) * s
+    share = weights.double().numpy() if weighted else 1 / 2048
+    true = (share * np.abs(v - q) ** 2.4).sum(1)
+    for groups in group_levels(rows, grid):
+        bound = groups.lower_bounds(torch.arange(2), scale, zero, grid, 2.4)
+        assert (bound.double().numpy() <= true * 1.0001 + 1e-37).all()
+
+
+def test_group_bounds_are_tight() -> None:
+    x, grid = normal(1, 200_000), Grid(4)
+    rows = Rows(padded(x), 200_000)
+    scale, zero = affine_from_range(torch.tensor([-2.5]), torch.tensor([2.5]), grid, symmetric=False)
+    true = float((fake_quantize(x, scale, zero, grid, PerChannel(0)) - x).double().abs().pow(2.4).mean())
+    coarse, fine = (float(g.lower_bounds(torch.tensor([0]), scale, zero, grid, 2.4)) for g in group_levels(rows, grid))
+    assert 0.9 * true < coarse < fine
+    assert 0.999 * true < fine
+
+
+# -------------------------------------------------------------------------- the exhaustive search against its definition
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "skewed", "relu", "negative", "an outlier"])
+@pytest.mark.parametrize(("bits", "signed", "symmetric"), [(2, False, False), (3, True, False), (4, True, True)])
+def test_exhaustive_is_the_best_of_the_family(kind: str, bits: int, signed: bool, symmetric: bool) -> None:
+    x, grid = SHAPES[kind](normal(2, 150, seed=3)), Grid(bits, signed)
+    side = "pos" if x.min() >= 0 else "neg" if x.max() <= 0 else "no"
+    family = candidates_by_hand(x.numpy(), grid, symmetric, side)
+    scores = [error_of(x, torch.tensor(a), torch.tensor(b), grid, symmetric) for a, b in family]
+    low, high = mse_range_exhaustive(x, grid, symmetric, PerTensor())
+    assert error_of(x, low, high, grid, symmetric) <= min(scores) * (1 + 1e-5)
+    near = min(abs(a - float(low)) + abs(b - float(high)) for a, b in family)
+    assert near < 1e-5 * float(x.abs().max())
+
+
+def test_channels_share_the_side_but_not_the_range() -> None:
+    x = torch.stack([normal(200).abs(), normal(200, seed=1) * 5, -normal(200, seed=2).abs()])
+    low, high = mse_range(x, Grid(3), False, PerChannel(0))
+    assert low.shape == high.shape == (3,)
+    for i, row in enumerate(x):
+        family = candidates_by_hand(row.numpy(), Grid(3), False, "no")
+        best = min(error_of(row, torch.tensor(a), torch.tensor(b), Grid(3), False) for a, b in family)
+        assert error_of(row, low[i], high[i], Grid(3), False) <= best * (1 + 1e-5)
+
+
+def test_a_gaussian_is_clipped_where_theory_says() -> None:
+    # the least-squares clip of a unit Gaussian at 4 bits is 2.56 (Banner et al., table of ACIQ)
+    low, high = mse_range(normal(200_000), Grid(4), False, PerTensor(), p=2.0)
+    assert float(high - low) / 2 == pytest.approx(2.56, abs=0.12)
+
+
+def test_first_of_equal_candidates_wins() -> None:
+    # every range is perfect for zeros: the first is width 0 with zero point 0
+    assert mse_range(torch.zeros(10), Grid(8), False, PerTensor()) == (torch.tensor(0.0), torch.tensor(0.0))
+    x = torch.tensor([-1.0, 0.0, 1.0])
+    low, high = mse_range(x, Grid(2), False, PerTensor())
+    # 2 bits hold -1, 0, 1 and either -2 or 2; no width of the family but 75 % steps … the range must still be exact
+    assert (low, high) == mse_range_exhaustive(x, Grid(2), False, PerTensor())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_channel_axes(axis: int) -> None:
+    x = normal(3, 4, 5)
+    low, high = mse_range(x, Grid(4), False, PerChannel(axis))
+    for i in range(x.shape[axis]):
+        alone = mse_range(x.select(axis, i), Grid(4), False, PerTensor(), side="no")
+        assert (low[i], high[i]) == alone
+
+
+def test_sixteen_bits_need_no_exhaustive_search() -> None:
+    x = normal(4, 64)
+    low, high = mse_range(x, Grid(16), False, PerChannel(0))
+    assert torch.allclose(low, x.amin(1), atol=0.02)
+    assert torch.allclose(high, x.amax(1), atol=0.02)
+
+
+@pytest.mark.parametrize("search", [mse_range, mse_range_exhaustive])
+@pytest.mark.parametrize("x", [torch.zeros(0), torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf])])
+def test_bad_tensors_are_one_line_errors(search: Callable[..., object], x: Tensor) -> None:
+    with pytest.raises(QuantizationError, match="clipping range: the tensor"):
+        search(x, Grid(4), False, PerTensor())
+
+
+# ----------------------------------------------------------------------------------------------------- from a histogram
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "skewed", "relu", "negative", "an outlier", "constant", "tiny"])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, False), (8, True)])
+def test_histogram_search_is_within_one_percent_of_the_optimum(kind: str, bits: int, symmetric: bool) -> None:
+    x, grid = SHAPES[kind](normal(2, 20_000, seed=5)), Grid(bits)
+    best = error_of(x, *mse_range(x, grid, symmetric, PerTensor()), grid, symmetric)
+    found = error_of(x, *mse_range_of(Histogram.empty().add(x), grid, symmetric), grid, symmetric)
+    assert found <= best * 1.01 + 1e-40
+
+
+def test_histogram_search_of_eight_bits_two_sided() -> None:
+    x = normal(200_000) ** 3
+    best = error_of(x, *mse_range(x, Grid(8), False, PerTensor()), Grid(8), False)
+    found = error_of(x, *mse_range_of(Histogram.empty().add(x), Grid(8), False), Grid(8), False)
+    assert found <= best * 1.01
+
+
+@settings(deadline=None, max_examples=30)
+@given(kind=st.sampled_from(sorted(SHAPES)), bits=st.sampled_from([2, 3]), seed=st.integers(0, 10**6))
+def test_histogram_search_is_the_best_of_the_family_on_bins(kind: str, bits: int, seed: int) -> None:
+    x, grid = SHAPES[kind](normal(2, 100, seed=seed)), Grid(bits)
+    h = Histogram.empty().add(x)
+    used = h.counts > 0
+    points = h.centers[used].clamp(h.minimum, h.maximum)
+    repeated = points.repeat_interleave(h.counts[used]).float()
+    side = "pos" if h.minimum >= 0 else "neg" if h.maximum <= 0 else "no"
+    family = candidates_by_hand(x.numpy(), grid, False, side)
+    best = min(error_of(repeated, torch.tensor(a), torch.tensor(b), grid, False) for a, b in family)
+    assert error_of(repeated, *mse_range_of(h, grid, False), grid, False) <= best * (1 + 1e-4) + 1e-37
+
+
+# ---------------------------------------------------------------------------------------------- min-max and percentiles
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1)])
+def test_minmax(granularity: Granularity) -> None:
+    x = normal(4, 6, 3)
+    axes = None if isinstance(granularity, PerTensor) else tuple({0, 1, 2} - {granularity.axis})
+    low, high = minmax_range(x, granularity)
+    assert np.array_equal(low.numpy(), x.numpy().min(axes))
+    assert np.array_equal(high.numpy(), x.numpy().max(axes))
+
+
+@pytest.mark.parametrize("percent", [60.0, 99.0, 99.99, 100.0])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)])
+def test_percentile_by_order_statistics(percent: float, granularity: Granularity) -> None:
+    x = normal(2, 501)
+    rows = [x.reshape(-1)] if isinstance(granularity, PerTensor) else list(x)
+    low, high = (v.reshape(-1) for v in percentile_range(x, granularity, percent))
+    for i, row in enumerate(rows):
+        v = sorted(row.tolist())
+        for end, q in ((low[i], (100 - percent) / 200), (high[i], (100 + percent) / 200)):
+            at = q * (len(v) - 1)
+            j = min(int(at), len(v) - 2)
+            assert float(end) == pytest.approx(v[j] + (at - j) * (v[j + 1] - v[j]), abs=1e-5)
+
+
+@pytest.mark.parametrize("percent", [90.0, 99.0, 99.9, 100.0])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "relu", "negative"])
+def test_percentile_of_a_histogram_is_off_by_at_most_one_bin(percent: float, kind: str) -> None:
+    x = SHAPES[kind](normal(2, 10_000))
+    h = Histogram.empty().add(x)
+    v = np.sort(x.double().numpy().reshape(-1))
+    for end, q in zip(percentile_range_of(h, percent), [(100 - percent) / 200, (100 + percent) / 200], strict=True):
+        rank = q * len(v)
+        below, above = v[max(int(rank) - 1, 0)], v[min(int(rank) + 1, len(v) - 1)]
+        assert below - 2.0**h.exponent <= float(end) <= above + 2.0**h.exponent
+        assert h.minimum <= float(end) <= h.maximum
+
+
+@pytest.mark.parametrize("percent", [0.0, -1.0, 100.1])
+def test_percent_must_be_a_share(percent: float) -> None:
+    with pytest.raises(ValueError, match="percent"):
+        percentile_range(torch.zeros(3), PerTensor(), percent)
+
+
+# ------------------------------------------------------------------------------------------------------- KL divergence
+
+
+def kl_by_hand(counts: list[float], levels: int, two_sided: bool) -> int:
+    """Threshold in bins, by plain loops and scipy's entropy; `counts` are by distance from zero, or centered."""
+    reach = len(counts) // 2 if two_sided else len(counts)
+    scores = {}
+    for t in range(levels // 2 if two_sided else levels, reach + 1):
+        start, stop = (reach - t, reach + t) if two_sided else (0, t)
+        inside = counts[start:stop]
+        p = list(inside)
+        p[0] += sum(counts[:start])
+        p[-1] += sum(counts[stop:])
+        q = [0.0] * len(p)
+        for level in range(levels):
+            members = [j for j in range(len(p)) if j * levels // len(p) == level]
+            filled = [j for j in members if p[j] > 0]
+            for j in filled:
+                q[j] = sum(inside[m] for m in members) / len(filled)
+        scores[t] = scipy.stats.entropy(p, q) if sum(q) else np.inf
+    return min(scores, key=scores.__getitem__, default=reach) if min(scores.values(), default=1) < np.inf else reach
+
+
+@pytest.mark.parametrize(("bits", "seed"), itertools.product([2, 3, 4], range(4)))
+@pytest.mark.parametrize("side", ["pos", "neg", "no"])
+def test_kl_threshold_by_hand(bits: int, seed: int, side: str) -> None:
+    # whole numbers up to 4095 / 64: the bins that are used are 64 apart, so shrink them by rebuilding a small histogram
+    rng = np.random.default_rng(seed)
+    size = 40
+    counts = np.maximum(rng.poisson(200 * np.exp(-np.arange(size) / 8)), rng.random(size) < 0.5)
+    counts[-1] = 1
+    if side == "no":
+        h = Histogram(0, -size, torch.from_numpy(np.concatenate([counts[::-1], counts])), -size + 0.5, size - 0.5)
+        threshold = kl_by_hand([*counts[::-1].tolist(), *counts.tolist()], 2**bits, True)
+        expected = (max(-threshold, h.minimum), min(threshold, h.maximum))
+    else:
+        flat = counts.tolist()
+        flat[0] = flat[1]
+        threshold = kl_by_hand(flat, 2**bits, False)
+        if side == "pos":
+            h = Histogram(0, 0, torch.from_numpy(counts), 0.0, size - 0.5)
+            expected = (0.0, min(threshold, h.maximum))
+        else:
+            h = Histogram(0, -size, torch.from_numpy(counts[::-1].copy()), -size + 0.5, -0.5)
+            expected = (max(-threshold, h.minimum), 0.0)
+    low, high = kl_range_of(h, Grid(bits))
+    assert (float(low), float(high)) == expected
+
+
+def test_kl_clips_far_outliers_and_keeps_uniform_values() -> None:
+    x = normal(50_000).abs()
+    x[0] = 100.0
+    assert 2 < float(kl_range_of(Histogram.empty().add(x), Grid(8))[1]) < 50
+    low, high = kl_range_of(Histogram.empty().add(torch.rand(50_000) * 2 - 1), Grid(8))
+    assert float(high) > 0.9
+    assert float(low) < -0.9
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_kl_of_a_constant_keeps_it(value: float, bits: int) -> None:
+    low, high = kl_range_of(Histogram.empty().add(torch.full((10,), value)), Grid(bits))
+    assert (float(low), float(high)) == (min(value, 0), max(value, 0))
+
+
+def test_kl_ignores_how_many_exact_zeros_a_relu_makes() -> None:
+    x = normal(50_000).relu()
+    more = torch.cat([x, torch.zeros(100_000)])
+    assert kl_range_of(Histogram.empty().add(x), Grid(4)) == kl_range_of(Histogram.empty().add(more), Grid(4))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda h: kl_range_of(h, Grid(4)),
+        lambda h: mse_range_of(h, Grid(4), False),
+        lambda h: percentile_range_of(h, 99.0),
+    ],
+)
+def test_an_empty_histogram_has_no_range(search: Callable[[Histogram], object]) -> None:
+    with pytest.raises(QuantizationError, match="histogram is empty"):
+        search(Histogram.empty())

@@ -1,0 +1,151 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from calibquant.errors import DataError, QuantizationError
+from calibquant.numerics.clipping import mse_range_exhaustive
+from calibquant.numerics.grid import Grid, PerChannel, PerTensor
+from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
+from calibquant.recipe import ActivationRecipe, Observer, WeightRecipe
+
+torch.set_num_threads(1)
+NAMES: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
+
+
+def observer(name: Observer, bits: int = 4) -> ActivationObserver:
+    return make_observer(ActivationRecipe(bits=bits, observer=name, percentile=99.0), Grid(bits))
+
+
+def batches(count: int = 4, size: int = 3000, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(size // 30, 30, generator=g) * (1 + i) for i in range(count)]
+
+
+def observed(name: Observer, data: list[Tensor]) -> tuple[float, float]:
+    o = observer(name)
+    for x in data:
+        o.update(x)
+    low, high = o.range()
+    assert low.shape == high.shape == ()
+    assert low.dtype == high.dtype == torch.float32
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_seen_is_a_one_line_error(name: Observer) -> None:
+    o = observer(name)
+    o.update(torch.zeros(0, 3))
+    with pytest.raises(QuantizationError, match="has seen no values") as caught:
+        o.range()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_no_numbers_are_refused(name: Observer, bad: float) -> None:
+    with pytest.raises(DataError, match="activations"):
+        observer(name).update(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_equals_streaming(name: Observer) -> None:
+    data = batches()
+    left, right = observer(name), observer(name)
+    for x in data[:2]:
+        left.update(x)
+    for x in data[2:]:
+        right.update(x)
+    left.merge(right)
+    left.merge(observer(name))
+    found = tuple(float(v) for v in left.range())
+    assert found == pytest.approx(observed(name, data), rel=1e-12)
+    fresh = observer(name)
+    fresh.merge(left)
+    assert tuple(float(v) for v in fresh.range()) == found
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "kl"])
+def test_batching_does_not_matter(name: Observer) -> None:
+    data = batches()
+    assert observed(name, data) == observed(name, [torch.cat(data)]) == observed(name, data[::-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_does_not_grow(name: Observer) -> None:
+    o = observer(name)
+    sizes = []
+    for i in range(12):
+        o.update(batches(1, 30_000, seed=i % 3)[0])
+        sizes.append(len(pickle.dumps(o)))
+    assert sizes[-1] == sizes[3]
+    assert sizes[-1] < 100_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranges_lie_within_the_values_and_keep_most(name: Observer) -> None:
+    data = [x.relu() for x in batches()]
+    low, high = observed(name, data)
+    assert 0 <= low < 1e-2
+    assert 0.3 < high <= float(torch.cat(data).max()) * 1.0001
+
+
+def test_minmax_and_moving_average() -> None:
+    data = batches()
+    lows, highs = [float(x.min()) for x in data], [float(x.max()) for x in data]
+    assert observed("minmax", data) == (min(lows), max(highs))
+    assert observed("moving-average", data) == pytest.approx((np.mean(lows), np.mean(highs)), rel=1e-6)
+
+
+def test_percentile_is_the_recipes() -> None:
+    x = torch.linspace(-1, 1, 100_001)
+    assert observed("percentile", [x]) == pytest.approx((-0.99, 0.99), abs=1e-3)
+
+
+def test_batch_mse_takes_the_widest_of_the_batches() -> None:
+    data = batches()
+    each = [mse_range_exhaustive(x, Grid(4), False, PerTensor()) for x in data]
+    assert observed("mse-batch", data) == (min(float(a) for a, _ in each), max(float(b) for _, b in each))
+
+
+def test_batch_mse_decides_the_side_on_the_first_batch() -> None:
+    two_sided = batches(1)[0]
+    low, high = observed("mse-batch", [two_sided.abs(), two_sided])
+    assert low == 0
+    assert high > 0
+    low, _ = observed("mse-batch", [two_sided, two_sided.abs()])
+    assert low < 0
+
+
+def test_symmetry_comes_from_the_recipe_or_the_caller() -> None:
+    x = torch.cat([torch.rand(5000), torch.tensor([-0.1])])
+    recipe = ActivationRecipe(bits=8, symmetric=True, observer="mse")
+    for o in (make_observer(recipe, Grid(8, signed=True)), make_observer(ActivationRecipe(), Grid(8), symmetric=True)):
+        o.update(x)
+        low, high = o.range()
+        assert float(low) == -float(high)
+
+
+def test_kinds_do_not_mix() -> None:
+    with pytest.raises(TypeError, match="cannot merge"):
+        observer("mse").merge(observer("minmax"))
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weight_ranges(granularity: PerTensor | PerChannel, symmetric: bool) -> None:
+    w, grid = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)), Grid(3, signed=symmetric)
+    axes = None if isinstance(granularity, PerTensor) else (1, 2, 3)
+    low, high = weight_range(w, WeightRecipe(observer="minmax"), grid, granularity)
+    assert np.array_equal(low.numpy(), w.numpy().min(axes))
+    assert np.array_equal(high.numpy(), w.numpy().max(axes))
+    low, high = weight_range(w, WeightRecipe(observer="percentile"), grid, granularity, percent=80.0)
+    np.testing.assert_allclose(low.numpy(), np.quantile(w.numpy(), 0.1, axes), rtol=1e-5)
+    np.testing.assert_allclose(high.numpy(), np.quantile(w.numpy(), 0.9, axes), rtol=1e-5)
+    recipe = WeightRecipe(bits=3, symmetric=symmetric, observer="mse")
+    expected = mse_range_exhaustive(w, grid, symmetric, granularity)
+    for found in (weight_range(w, recipe, grid, granularity), weight_range(w, WeightRecipe(), grid, granularity, symmetric)):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])

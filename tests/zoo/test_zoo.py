@@ -1,0 +1,120 @@
+"""The zoo's table: published sizes, shapes, and errors for names and options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from calibquant import zoo
+from calibquant.errors import ModelError
+from calibquant.zoo.mobilenet import ConvBNReLU6, pad_same_stride2, round_channels
+
+PUBLISHED_SIZES = {
+    "cifar_resnet20": 269_722,
+    "cifar_resnet32": 464_154,
+    "cifar_resnet44": 658_586,
+    "cifar_resnet56": 853_018,
+    "cifar_resnet110": 1_727_962,
+    "mobilenet_v2": 3_504_872,
+    "squeezenet1_1": 1_235_496,
+    "digits_resnet": 77_754,
+}
+
+
+def test_every_network_has_its_published_number_of_parameters() -> None:
+    assert zoo.names() == sorted(PUBLISHED_SIZES)
+    for name, size in PUBLISHED_SIZES.items():
+        assert sum(p.numel() for p in zoo.build(name).parameters()) == size, name
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_SIZES if "110" not in name])
+def test_output_shape_and_symbolic_trace(name: str) -> None:
+    network = zoo.build(name, num_classes=7).eval()
+    channels, height, width = zoo.input_shape(name)
+    x = torch.randn(2, channels, min(height, 64), min(width, 64))
+    with torch.no_grad():
+        y = network(x)
+        traced = fx.symbolic_trace(network)(x)
+    assert y.shape == (2, 7)
+    assert torch.equal(y, traced)
+
+
+def test_mobilenet_width_follows_the_published_rounding() -> None:
+    assert sum(p.numel() for p in zoo.build("mobilenet_v2", width=0.5).parameters()) == 1_968_680
+    assert [round_channels(c) for c in (4, 11, 12, 19, 24)] == [8, 16, 16, 24, 24]
+
+
+def test_cifar_shortcut_forms_differ_in_keys_only_where_shapes_change() -> None:
+    pad = set(zoo.build("cifar_resnet20").state_dict())
+    conv = set(zoo.build("cifar_resnet20", shortcut="conv").state_dict())
+    assert {key.split(".")[0] for key in pad - conv} == {"linear"}
+    assert {".".join(key.split(".")[:3]) for key in conv - pad if key.startswith("layer")} == {
+        "layer2.0.downsample",
+        "layer3.0.downsample",
+    }
+
+
+def test_pad_shortcut_subsamples_and_centers_the_channels() -> None:
+    block = zoo.build("cifar_resnet20").layer2[0]  # type: ignore[union-attr, index]
+    x = torch.randn(2, 16, 8, 8)
+    y = block.downsample(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert y.shape == (2, 32, 4, 4)
+    assert not y[:, :8].any()
+    assert not y[:, 24:].any()
+
+
+def tensorflow_same(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Convolution with TensorFlow's SAME padding, by its documented formula."""
+    kernel = weight.shape[-1]
+    margins: list[int] = []
+    for size in (x.shape[-1], x.shape[-2]):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        margins += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, margins), weight, stride=stride)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (8, 7), (9, 12), (2, 3), (1, 1)])
+def test_tf_same_equals_tensorflows_formula(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = ConvBNReLU6(3, 4, 3, stride=2, padding="tf_same").eval()
+    conv = layer[0]
+    assert isinstance(conv, nn.Conv2d)
+    x = torch.randn(2, 3, *size)
+    expected = tensorflow_same(x, conv.weight, 2)
+    with torch.no_grad():
+        assert torch.equal(conv(pad_same_stride2(x)), expected)
+        torch.testing.assert_close(layer(x), (expected / (1 + 1e-5) ** 0.5).clamp(0, 6))
+
+
+def test_tf_same_changes_the_five_strided_convolutions_only() -> None:
+    network = zoo.build("mobilenet_v2", padding="tf_same")
+    unpadded = [
+        m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and not m.padding[0]
+    ]
+    assert len(unpadded) == 5
+    assert all(conv.stride == (2, 2) for conv in unpadded)
+    assert network.state_dict().keys() == zoo.build("mobilenet_v2").state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cifar_resnet21", {}, "'cifar_resnet21' is not in the zoo; did you mean 'cifar_resnet"),
+        ("vit", {}, "'vit' is not in the zoo; known are cifar_resnet110, "),
+        ("mobilenet_v2", {"paddings": "torch"}, "model.options.paddings: mobilenet_v2 has no such option; did you"),
+        ("squeezenet1_1", {"width": 1}, "model.options.width: squeezenet1_1 has no such option; known are num_classes"),
+        ("mobilenet_v2", {"padding": "same"}, "model.options.padding: 'same' is not valid; use torch or tf_same"),
+        ("mobilenet_v2", {"width": 0}, "model.options.width: 0 is not valid; use a number above 0"),
+        ("cifar_resnet20", {"num_classes": True}, "model.options.num_classes: True is not valid; use a whole number"),
+        ("cifar_resnet20", {"num_classes": 2.5}, "model.options.num_classes: 2.5 is not valid; use a whole number"),
+        ("cifar_resnet20", {"shortcut": ["pad"]}, "model.options.shortcut: ['pad'] is not valid; use pad or conv"),
+    ],
+)
+def test_wrong_names_and_options_are_named(name: str, options: dict[str, object], message: str) -> None:
+    for call in (zoo.build, zoo.input_shape):
+        with pytest.raises(ModelError) as error:
+            call(name, **options)
+        assert message in str(error.value)
