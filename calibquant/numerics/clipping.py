@@ -17,6 +17,8 @@ from calibquant.numerics.histogram import Histogram
 from calibquant.numerics.mse_search import Side, mse_range, mse_range_exhaustive, mse_range_of, side_of
 from calibquant.numerics.rows import as_matrix, as_range
 
+_MISSING = 1e-4  # counts in a bin that a candidate distribution lacks: MXNet's smoothing constant
+
 
 def minmax_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     """Smallest and largest value.
@@ -65,9 +67,10 @@ def kl_range_of(histogram: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
     Source: Migacz, "8-bit inference with TensorRT", GTC 2017. For every threshold: the reference P is the histogram
     inside it, its outliers added to the edge bins; the candidate Q is the histogram inside it without outliers, merged
     into 2^bits levels, each level's mass spread evenly over those of its bins that P occupies; both are normalized,
-    and the first threshold with the least sum P log(P / Q) wins. Where Q lacks a bin of P the divergence is infinite.
-    Levels are equally wide to within a bin. Two-sided values have a threshold symmetric about zero (as in MXNet's
-    calibration), cut to the values' own range. One-sided values have the bin at zero set to its neighbour, as in
+    and the first threshold with the least sum P log(P / Q) wins. Levels are equally wide to within a bin.
+    From MXNet's calibration: a bin of P that Q lacks gets 1e-4 of a count in Q, which keeps the divergence finite when
+    outliers are far off, and two-sided values have a threshold symmetric about zero (here cut to the values' own
+    range). One-sided values have the bin at zero set to its neighbour, as in
     NVIDIA's pytorch-quantization: a ReLU's exact zeros cost nothing, yet would dominate. A histogram with no more
     bins than the grid has levels keeps its full range.
 
@@ -94,9 +97,8 @@ def _dense(histogram: Histogram, side: Side) -> np.ndarray:
         half = max(-first, after)
         return np.pad(counts, (half + first, half - after))
     if side == "neg":  # values of exactly zero are in bin 0; the others in -1, -2 …
-        dense = np.pad(counts, (0, max(-after, 0)))[:-first][::-1].copy()
-    else:
-        dense = np.pad(counts, (first, 0))
+        counts, first = np.pad(counts, (0, max(-after, 0)))[:-first][::-1], 0
+    dense = np.pad(counts, (first, 0))
     if len(dense) > 1:
         dense[0] = dense[1]
     return dense
@@ -119,17 +121,15 @@ def _kl_threshold(dense: np.ndarray, levels: int, two_sided: bool) -> int:
 
 
 def _divergence(clipped: np.ndarray, inside: np.ndarray, levels: int) -> float:
-    mass = inside.sum()
-    if not mass:
+    if not inside.any():
         return math.inf
     starts = -(-np.arange(levels) * len(inside) // levels)
     occupied = clipped > 0
     spread = np.add.reduceat(inside, starts) / np.maximum(np.add.reduceat(occupied.astype(np.float64), starts), 1)
-    candidate = np.repeat(spread, np.diff(starts, append=len(inside)))[occupied] / mass
-    if not candidate.all():
-        return math.inf
+    candidate = np.repeat(spread, np.diff(starts, append=len(inside)))[occupied]
+    candidate = np.where(candidate > 0, candidate, _MISSING)
     reference = clipped[occupied] / clipped.sum()
-    return float(np.sum(reference * np.log(reference / candidate)))
+    return float(np.sum(reference * np.log(reference / (candidate / candidate.sum()))))
 
 
 def _tails(percent: float) -> list[float]:

@@ -38,9 +38,9 @@ class Rows:
     def errors(self, row: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, p: float) -> Tensor:
         """Mean |x - fake_quantize(x)|^p of pairs of a row and a quantizer, float64 (P,).
 
-        Elementwise in float32, summed in float64. A pair's result does not depend on its neighbours or on the number
-        of threads: torch's vectorized pow and its scalar tail differ in the last bit, so blocks are aligned, and none
-        is large enough to be split among threads.
+        Elementwise in float32, summed in float64. On the CPU a pair's result does not depend on its neighbours or on
+        the number of threads: torch's vectorized pow and its scalar tail differ in the last bit, so blocks are aligned,
+        and none is large enough to be split among threads.
 
         Args:
             row: int64 (P,).

@@ -75,9 +75,7 @@ def test_zero_is_always_represented_and_a_constant_zero_has_the_guard_scale() ->
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1)])
-def test_codes_mean_exactly_the_simulated_values(
-    bits: int, signed: bool, granularity: PerTensor | PerChannel
-) -> None:
+def test_codes_mean_exactly_the_simulated_values(bits: int, signed: bool, granularity: PerTensor | PerChannel) -> None:
     x, grid = normal(5, 5, 7, seed=bits), Grid(bits, signed)
     shape = () if isinstance(granularity, PerTensor) else (5,)
     scale, zero = affine_from_range(torch.full(shape, -1.7), torch.full(shape, 2.1), grid, symmetric=False)

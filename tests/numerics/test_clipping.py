@@ -1,4 +1,3 @@
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -75,7 +74,7 @@ def candidates_by_hand(v: np.ndarray, grid: Grid, symmetric: bool, side: str) ->
 # ------------------------------------------------------------------------------------------ the fast search is exact
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=200)
 @given(
     kind=st.sampled_from(sorted(SHAPES)),
     rows=st.integers(2, 5),
@@ -106,7 +105,7 @@ def test_short_rows_equal_exhaustive(
     assert torch.equal(found[1], expected[1])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     kind=st.sampled_from(sorted(SHAPES)),
     size=st.sampled_from([300, 1025, 3000]),
@@ -186,7 +185,7 @@ def test_group_bounds_are_tight() -> None:
     assert 0.999 * true < fine
 
 
-# -------------------------------------------------------------------------- the exhaustive search against its definition
+# ------------------------------------------------------------------------- the exhaustive search against its definition
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "skewed", "relu", "negative", "an outlier"])
@@ -223,7 +222,7 @@ def test_first_of_equal_candidates_wins() -> None:
     assert mse_range(torch.zeros(10), Grid(8), False, PerTensor()) == (torch.tensor(0.0), torch.tensor(0.0))
     x = torch.tensor([-1.0, 0.0, 1.0])
     low, high = mse_range(x, Grid(2), False, PerTensor())
-    # 2 bits hold -1, 0, 1 and either -2 or 2; no width of the family but 75 % steps … the range must still be exact
+    # 2 bits hold -1, 0, 1 and one more: several ranges are nearly perfect
     assert (low, high) == mse_range_exhaustive(x, Grid(2), False, PerTensor())
 
 
@@ -253,7 +252,9 @@ def test_bad_tensors_are_one_line_errors(search: Callable[..., object], x: Tenso
 # ----------------------------------------------------------------------------------------------------- from a histogram
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy tails", "skewed", "relu", "negative", "an outlier", "constant", "tiny"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "heavy tails", "skewed", "relu", "negative", "an outlier", "constant", "tiny"]
+)
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, False), (8, True)])
 def test_histogram_search_is_within_one_percent_of_the_optimum(kind: str, bits: int, symmetric: bool) -> None:
     x, grid = SHAPES[kind](normal(2, 20_000, seed=5)), Grid(bits)
@@ -346,15 +347,15 @@ def kl_by_hand(counts: list[float], levels: int, two_sided: bool) -> int:
             members = [j for j in range(len(p)) if j * levels // len(p) == level]
             filled = [j for j in members if p[j] > 0]
             for j in filled:
-                q[j] = sum(inside[m] for m in members) / len(filled)
-        scores[t] = scipy.stats.entropy(p, q) if sum(q) else np.inf
+                q[j] = sum(inside[m] for m in members) / len(filled) or 1e-4
+        scores[t] = scipy.stats.entropy(p, q) if sum(inside) else np.inf
     return min(scores, key=scores.__getitem__, default=reach) if min(scores.values(), default=1) < np.inf else reach
 
 
-@pytest.mark.parametrize(("bits", "seed"), itertools.product([2, 3, 4], range(4)))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("side", ["pos", "neg", "no"])
 def test_kl_threshold_by_hand(bits: int, seed: int, side: str) -> None:
-    # whole numbers up to 4095 / 64: the bins that are used are 64 apart, so shrink them by rebuilding a small histogram
     rng = np.random.default_rng(seed)
     size = 40
     counts = np.maximum(rng.poisson(200 * np.exp(-np.arange(size) / 8)), rng.random(size) < 0.5)

@@ -53,7 +53,9 @@ def test_hand_computed_bytes(codes: list[int], grid: Grid, expected: list[int]) 
     assert pack(torch.tensor(codes), grid).tolist() == expected
 
 
-@pytest.mark.parametrize(("count", "bits", "size"), [(0, 3, 0), (1, 1, 1), (8, 1, 1), (9, 1, 2), (3, 3, 2), (5, 16, 10)])
+@pytest.mark.parametrize(
+    ("count", "bits", "size"), [(0, 3, 0), (1, 1, 1), (8, 1, 1), (9, 1, 2), (3, 3, 2), (5, 16, 10)]
+)
 def test_packed_bytes(count: int, bits: int, size: int) -> None:
     assert packed_bytes(count, bits) == size
 

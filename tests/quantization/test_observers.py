@@ -146,6 +146,9 @@ def test_weight_ranges(granularity: PerTensor | PerChannel, symmetric: bool) -> 
     np.testing.assert_allclose(high.numpy(), np.quantile(w.numpy(), 0.9, axes), rtol=1e-5)
     recipe = WeightRecipe(bits=3, symmetric=symmetric, observer="mse")
     expected = mse_range_exhaustive(w, grid, symmetric, granularity)
-    for found in (weight_range(w, recipe, grid, granularity), weight_range(w, WeightRecipe(), grid, granularity, symmetric)):
+    for found in (
+        weight_range(w, recipe, grid, granularity),
+        weight_range(w, WeightRecipe(), grid, granularity, symmetric),
+    ):
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
