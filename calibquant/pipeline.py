@@ -21,7 +21,6 @@ from calibquant.data import (
     Manifest,
     batches,
     check_calibration_set,
-    check_labels,
     draw,
     make_manifest,
     manifest_csv,
@@ -132,8 +131,8 @@ def quantize(
         recipe: a Recipe, or its fields as a nested dictionary.
         network: a live module; otherwise the recipe's `model` is built.
         calibration: images; otherwise the recipe's `data` is opened.
-        evaluation: images with or without labels; otherwise the recipe's. With live calibration images and no evaluation
-            images the networks are compared on the calibration images.
+        evaluation: images with or without labels; otherwise the recipe's. With live calibration images and no
+            evaluation images the networks are compared on the calibration images.
         reporter: hears of steps and progress.
 
     Raises:
@@ -167,7 +166,10 @@ def quantize(
         _begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
         with clock.stage("activations"):
             calibrate_activations(
-                model, recipe.quant.activations, _range_batches(recipe, prepared.images, device, reporter), prepared.mount
+                model,
+                recipe.quant.activations,
+                _range_batches(recipe, prepared.images, device, reporter),
+                prepared.mount,
             )
         _begin(reporter, 4, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
@@ -272,7 +274,12 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str
     network, images = build(recipe).to(device), _open(recipe, "evaluation")
     _begin(reporter, 2, 2, "Evaluate the float network")
     result = evaluate(
-        network, images, recipe.evaluation.batch_size, recipe.evaluation.count, progress=reporter.progress, device=device
+        network,
+        images,
+        recipe.evaluation.batch_size,
+        recipe.evaluation.count,
+        progress=reporter.progress,
+        device=device,
     )
     return {"model": recipe.model.name, "float": result.scores.to_dict()}
 
@@ -390,7 +397,12 @@ def _stem(recipe: Recipe, network: nn.Module | None) -> str:
 
 
 def _metrics(
-    recipe: Recipe, prepared: Prepared, model: QuantModel, float_result: Evaluation, quantized: Evaluation, clock: _Clock
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    float_result: Evaluation,
+    quantized: Evaluation,
+    clock: _Clock,
 ) -> dict[str, Any]:
     return {
         "setting": recipe.setting,

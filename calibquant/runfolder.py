@@ -72,7 +72,9 @@ class RunFolder:
 
     def seal(self, receipt: dict[str, Any]) -> None:
         """Write the receipt: the given facts, the format version and the hash of every file in the folder."""
-        files = {p.name: sha256(p.read_bytes()) for p in sorted(self.path.iterdir()) if p.name not in (RECEIPT, "log.txt")}
+        files = {
+            p.name: sha256(p.read_bytes()) for p in sorted(self.path.iterdir()) if p.name not in (RECEIPT, "log.txt")
+        }
         self.write_json(RECEIPT, {"format_version": FORMAT_VERSION, **receipt, "files": files})
 
 
@@ -91,7 +93,7 @@ def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
         root.mkdir(parents=True, exist_ok=True)
         partial = _claim(root, stem)
         yield RunFolder(partial)
-        os.replace(partial, final_path(partial))
+        partial.replace(final_path(partial))
     except OSError as error:
         raise disk_error(error, root) from error
     finally:
@@ -123,7 +125,9 @@ def open_run(path: Path) -> RunFolder:
         )
     for name, expected in receipt.get("files", {}).items():
         if sha256(folder.read(name)) != expected:
-            raise RunFolderError(path / name, "is damaged (its hash is not the receipt's)", "restore it or quantize again")
+            raise RunFolderError(
+                path / name, "is damaged (its hash is not the receipt's)", "restore it or quantize again"
+            )
     return folder
 
 
@@ -151,7 +155,7 @@ def write_atomic(path: Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(error, path) from error
@@ -161,7 +165,9 @@ def write_atomic(path: Path, data: bytes) -> Path:
 def disk_error(error: OSError, path: Path) -> RunFolderError:
     """A disk's refusal as one line."""
     return RunFolderError(
-        error.filename or path, f"cannot be written ({error.strerror})", "free space there, or choose another runs= folder"
+        error.filename or path,
+        f"cannot be written ({error.strerror})",
+        "free space there, or choose another runs= folder",
     )
 
 
@@ -171,7 +177,11 @@ def sha256(data: bytes) -> str:
 
 
 def _claim(root: Path, stem: str) -> Path:
-    taken = [int(m.group(1)) for p in root.iterdir() if (m := re.fullmatch(rf"\.?{re.escape(stem)}-(\d+)(\.partial)?", p.name))]
+    taken = [
+        int(m.group(1))
+        for p in root.iterdir()
+        if (m := re.fullmatch(rf"\.?{re.escape(stem)}-(\d+)(\.partial)?", p.name))
+    ]
     number = max(taken, default=0) + 1
     while True:
         partial = root / f".{stem}-{number:03d}.partial"

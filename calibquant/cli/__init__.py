@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         message = "interrupted; nothing was left behind"
     except Exception as error:
-        message = f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]}); run again with --debug"
+        message = (
+            f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]}); run again with --debug"
+        )
     if debug:
         console.err.print_exception()
     console.err.print(f"error: {message}", style="red", markup=False)

@@ -39,7 +39,9 @@ def quantize(
 def show_result(runs: list) -> None:  # type: ignore[type-arg]
     """The closing table of one or more runs of one network."""
     first = runs[0].metrics
-    rows = [["float", "32", console.kilobytes(first["size"]["float32"]), console.percent(first["float"]["top1"]), "–", "–"]]
+    rows = [
+        ["float", "32", console.kilobytes(first["size"]["float32"]), console.percent(first["float"]["top1"]), "–", "–"]
+    ]
     for run in runs:
         m = run.metrics
         rows.append([

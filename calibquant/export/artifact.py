@@ -1,4 +1,4 @@
-"""The artifact: model.safetensors (packed codes, scales, float remainder) and graph.json, enough to rebuild the network.
+"""The artifact: model.safetensors (codes, scales, float remainder) and graph.json, enough to rebuild the network.
 
 Tensors of model.safetensors:
 
@@ -105,7 +105,9 @@ def save_artifact(model: QuantModel, folder: RunFolder) -> None:
         "activations": {n: p.to_json() for n, p in plan.activations.items()},
         "dynamic": any(q.dynamic for q in model.activation_quantizers.values()),
     }
-    folder.write(MODEL, save_safetensors(artifact_tensors(model), {"format": "calibquant", "version": str(FORMAT_VERSION)}))
+    folder.write(
+        MODEL, save_safetensors(artifact_tensors(model), {"format": "calibquant", "version": str(FORMAT_VERSION)})
+    )
     folder.write(GRAPH, json.dumps(description, separators=(",", ":")) + "\n")
 
 
@@ -135,7 +137,9 @@ def load_artifact(folder: RunFolder) -> QuantModel:
         return _rebuild(description, stored)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise RunFolderError(
-            folder.path / GRAPH, f"does not fit {MODEL} ({type(error).__name__}: {error})", "restore it or quantize again"
+            folder.path / GRAPH,
+            f"does not fit {MODEL} ({type(error).__name__}: {error})",
+            "restore it or quantize again",
         ) from None
 
 

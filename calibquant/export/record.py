@@ -15,8 +15,8 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
     """One entry for each call of an op with a quantized weight, in execution order.
 
     Returns:
-        dictionaries with `layer`, `op`, `weight` (parameter, bits, symmetric, scale and zero_point per channel), `input`
-        and `output` (bits, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
+        dictionaries with `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel), `input`
+        and `output` (bits, signed, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
     """
     rows = []
     for node in model.teacher.graph.nodes:
@@ -44,8 +44,8 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
 def record_text(model: QuantModel) -> str:
     """The record in AMCT's protobuf text form.
 
-    AMCT's codes are signed: q = clamp(round(x / scale) + offset, -2^(b-1), 2^(b-1) - 1), so an unsigned grid's offset is
-    its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d.
+    AMCT's codes are signed: q = clamp(round(x / scale) + offset, -2^(b-1), 2^(b-1) - 1), so an unsigned grid's offset
+    is its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d.
     """
     lines: list[str] = []
     for row in record(model):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -48,18 +52,18 @@ def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule:
         batches = (_inputs_of(network, part, batches[0]), _inputs_of(network, part, batches[1]))
         network = part
     try:
-        raw = _symbolic(network)
-        return _checked(Lowering(raw, batches).run(), network, batches)
-    except CaptureError as first:
-        symbolic = first
-    try:
-        raw = _exported(network, batches[0])
+        return _checked(Lowering(_symbolic(network), batches).run(), network, batches)
     except CaptureError as error:
-        raise (error if symbolic.problem.startswith("symbolic tracing") else symbolic) from symbolic
+        first = error
     try:
-        return _checked(Lowering(raw, batches).run(), network, batches)
-    except CaptureError as error:
-        raise (symbolic if not symbolic.problem.startswith("symbolic tracing") else error) from error
+        return _checked(Lowering(_exported(network, batches[0]), batches).run(), network, batches)
+    except CaptureError as second:
+        # The trace by symbols names the user's lines best, unless it could not read them at all.
+        raise (second if isinstance(first, _UntraceableError) else first) from second
+
+
+class _UntraceableError(CaptureError):
+    """Symbolic tracing could not follow the network's code."""
 
 
 def find_submodule(network: nn.Module, name: str) -> nn.Module:
@@ -118,20 +122,35 @@ def _symbolic(network: nn.Module) -> fx.GraphModule:
         return fx.GraphModule(tracer.root, graph)
     except Exception as error:
         where = _users_line(error) or type(network).__name__
-        raise CaptureError(where, f"symbolic tracing stops here ({_short(error)})", WAY_OUT) from error
+        raise _UntraceableError(where, f"symbolic tracing stops here ({_short(error)})", WAY_OUT) from error
 
 
 def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = tuple({0: batch} for _ in inputs)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
-            return program.module(check_guards=False)  # type: ignore[return-value]
+            # Without decompositions this only turns in-place operations into functional ones.
+            return program.run_decompositions({}).module(check_guards=False)
     except Exception as error:
         where = _users_line(error) or type(network).__name__
-        raise CaptureError(where, f"neither tracing nor torch.export can follow it ({_short(error)})", WAY_OUT) from error
+        raise CaptureError(
+            where, f"neither tracing nor torch.export can follow it ({_short(error)})", WAY_OUT
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export prints its graphs when it fails; what a user needs of that stands in our error."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _users_line(error: BaseException) -> str | None:
@@ -156,7 +175,7 @@ def _cycle(x: Tensor, count: int) -> Tensor:
     return x[torch.arange(count) % len(x)].clone()
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     pass
 
 
@@ -166,13 +185,13 @@ def _inputs_of(network: nn.Module, part: nn.Module, inputs: tuple[Tensor, ...]) 
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((*args, *kwargs.values()))
-        raise _Reached
+        raise _ReachedError
 
     handle = part.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
             network(*inputs)
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         handle.remove()

@@ -1,4 +1,7 @@
-"""BatchNorm folding: w' = w * (gamma / std), b' = gamma * b / std + (beta - gamma * mean / std), std = sqrt(var + eps)."""
+"""BatchNorm folding.
+
+w' = w * (gamma / std),  b' = gamma * b / std + (beta - gamma * mean / std),  std = sqrt(var + eps)
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy of a canonical graph with every BatchNorm folded into the convolution or linear before it, where possible.
 
     A BatchNorm stays where something else reads the convolution's output, or where the convolution's weight is used by
-    another call that is not followed by the same BatchNorm. Computed in float32 in the order of the formula above, as the
-    field's reference code does: at 2 bits a weight that differs in its last digit can change a decision.
+    another call that is not followed by the same BatchNorm. Computed in float32 in the order of the formula above, as
+    the field's reference code does: at 2 bits a weight that differs in its last digit can change a decision.
 
     Example:
         >>> from torch import nn
@@ -53,9 +56,10 @@ def _fold(
     graph: fx.Graph, tensors: dict[str, Tensor], parameter: fx.Node, calls: list[fx.Node], norms: list[fx.Node]
 ) -> None:
     mean, var, gamma, beta = (tensors[str(a.target)] if isinstance(a, fx.Node) else None for a in norms[0].args[1:])
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     gamma, beta = torch.ones_like(mean) if gamma is None else gamma, torch.zeros_like(mean) if beta is None else beta
-    std = torch.sqrt(var + norms[0].kwargs["eps"])  # type: ignore[operator]
+    std = torch.sqrt(var + float(norms[0].kwargs["eps"]))  # type: ignore[arg-type]
     name, old_bias = str(parameter.target), calls[0].args[2]
     bias = beta - gamma * mean / std
     if isinstance(old_bias, fx.Node):

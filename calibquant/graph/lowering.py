@@ -1,13 +1,14 @@
 """From a raw trace (torch.fx or torch.export) to the canonical graph.
 
-The raw graph is run node by node on two batches of different size while the canonical graph is written beside it. So every
-shape is known, sizes that a network computes become constants, what is the batch dimension is seen rather than guessed,
-parts that do not depend on the input become constants, and in-place operations and aliases are recognized by what they
-really do to memory.
+The raw graph is run node by node on two batches of different size while the canonical graph is written beside it. So
+every shape is known, sizes that a network computes become constants, what is the batch dimension is seen rather than
+guessed, parts that do not depend on the input become constants, and in-place operations and aliases are recognized by
+what they really do to memory.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """Raised by a rule for an argument it cannot express; becomes a CaptureError that names the line."""
 
 
@@ -62,7 +63,8 @@ class Lowering:
             CaptureError: an operation has no canonical form, or depends on the batch in a way that cannot be kept.
         """
         fed = 0
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about the user's code
             for node in self.raw.graph.nodes:
                 self.current = node
                 if node.op == "placeholder":
@@ -86,9 +88,12 @@ class Lowering:
         """Append a canonical op; constant tensors among its arguments become parameters of the graph."""
         nodes, attributes = tuple(self._operand(t) for t in tensors), _plain(attributes)
         node = self.graph.create_node("call_function", op, nodes, attributes, name=self._name(op.__name__))
-        values = (fx.node.map_arg(nodes, lambda n: n.meta["example"][i]) for i in (0, 1))
-        node.meta["example"] = tuple(op(*args, **attributes) for args in values)
+        node.meta["example"] = (self._example(op, nodes, attributes, 0), self._example(op, nodes, attributes, 1))
         return node
+
+    @staticmethod
+    def _example(op: Callable[..., Tensor], nodes: tuple[Any, ...], attributes: dict[str, Any], which: int) -> Tensor:
+        return op(*fx.node.map_arg(nodes, lambda n: n.meta["example"][which]), **attributes)
 
     def shapes(self, value: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shape of a tensor argument for either batch."""
@@ -120,8 +125,13 @@ class Lowering:
             raise CaptureError(self._where(), "writes into a tensor in place", WAY_OUT)
         if not _tensors(a):
             return  # a size or a flag: later nodes read its two values
-        self.env[node] = self._apply_rule(node)
-        self._compare(self.env[node], self.values[node])
+        try:
+            self.env[node] = self._apply_rule(node)
+            self._compare(self.env[node], self.values[node])
+        except CaptureError as error:
+            if mutated:
+                raise
+            self.env[node] = _Refused(error)  # raised where its value is used: dead code may do what it likes
         for source in mutated:
             self._follow_mutation(source, node)
 
@@ -143,10 +153,10 @@ class Lowering:
             target, name = None, _target_name(node)
         if name not in RULES:
             raise CaptureError(self._where(), f"the operation '{name}' has no canonical form", WAY_OUT)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._argument)  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._argument)
         try:
             return RULES[name](self, *([target] if target is not None else []), *args, **kwargs)
-        except Unsupported as error:
+        except UnsupportedError as error:
             raise CaptureError(self._where(), f"'{name}' {error}", WAY_OUT) from None
         except TypeError as error:
             raise CaptureError(self._where(), f"'{name}' is called in an unknown way ({error})", WAY_OUT) from error
@@ -154,6 +164,8 @@ class Lowering:
     def _argument(self, node: fx.Node) -> Any:
         """What a rule sees of a raw argument: canonical node(s), a constant tensor, or a plain value."""
         if node in self.env:
+            if isinstance(self.env[node], _Refused):
+                raise self.env[node].error
             return self.env[node]
         a, b = self.values[node]
         if isinstance(a, Tensor):
@@ -167,7 +179,7 @@ class Lowering:
         if isinstance(value, (list, tuple)):
             return [self._operand(v) for v in value]
         if not isinstance(value, Tensor):
-            raise Unsupported(f"takes {type(value).__name__} where a tensor is expected")
+            raise UnsupportedError(f"takes {type(value).__name__} where a tensor is expected")
         name = next((n for n, t in self.constants.items() if t is value), None)
         if name is None:
             name = f"constant_{len(self.constants)}"
@@ -225,6 +237,8 @@ class Lowering:
 
     def _compare(self, nodes: Any, expected: tuple[Any, Any]) -> None:
         """The canonical value must be the raw one, here, at the line that made it."""
+        if nodes is None:
+            return  # a result without canonical form, such as a pool's indices
         if isinstance(nodes, (list, tuple)):
             for node, a, b in zip(nodes, *expected, strict=True):
                 self._compare(node, (a, b))
@@ -239,12 +253,15 @@ class Lowering:
         value = node.args[0]
         if isinstance(value, (list, tuple)) and len(value) == 1:
             value = value[0]  # torch.export wraps a single output
-        if not isinstance(value, fx.Node) or not isinstance(self.env.get(value), fx.Node):
+        found = self.env.get(value) if isinstance(value, fx.Node) else None
+        if isinstance(found, _Refused):
+            raise found.error
+        if not isinstance(value, fx.Node) or not isinstance(found, fx.Node):
             what = "a constant" if isinstance(value, fx.Node) and value not in self.env else "more than one tensor"
             raise CaptureError(
                 "the network's output", f"is {what}, not one tensor", "name the part to quantize with model.submodule"
             )
-        self.graph.output(self.env[value])
+        self.graph.output(found)
 
     def _module(self) -> fx.GraphModule:
         self.graph.eliminate_dead_code()
@@ -268,6 +285,13 @@ class Lowering:
     def _where(self) -> str:
         assert self.current is not None
         return source_line(self.current.stack_trace) or f"graph node '{self.current.name}'"
+
+
+class _Refused:
+    """Stands for a value that has no canonical form."""
+
+    def __init__(self, error: CaptureError) -> None:
+        self.error = error
 
 
 class BatchDependent:
@@ -344,7 +368,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_plain(v) for v in value)
     if isinstance(value, BatchDependent):
-        raise Unsupported("depends on the batch size")
+        raise UnsupportedError("depends on the batch size")
     if isinstance(value, torch.SymInt | torch.SymFloat):
-        raise Unsupported("depends on a symbolic size")
+        raise UnsupportedError("depends on a symbolic size")
     return value

@@ -1,8 +1,8 @@
 """The canonical ops and their one table.
 
-A captured network consists of these ops and nothing else. Each is a pure function of tensors (positional arguments) and
-JSON-able attributes (keyword arguments). What the rest of the code needs to know about an op stands in its row of `OPS`;
-no other place knows ops one by one.
+A captured network consists of these ops and nothing else. Each is a pure function of tensors (positional arguments)
+and JSON-able attributes (keyword arguments). What the rest of the code needs to know about an op stands in its row of
+`OPS`; no other place knows ops one by one.
 """
 
 from __future__ import annotations
@@ -162,11 +162,19 @@ def avg_pool2d(
 
 
 def adaptive_avg_pool2d(x: Tensor, *, size: Sequence[int]) -> Tensor:
-    return F.adaptive_avg_pool2d(x, tuple(size))
+    return F.adaptive_avg_pool2d(x, (size[0], size[1]))
+
+
+def adaptive_max_pool2d(x: Tensor, *, size: Sequence[int]) -> Tensor:
+    return F.adaptive_max_pool2d(x, tuple(size))
 
 
 def mean(x: Tensor, *, dims: Sequence[int], keepdim: bool) -> Tensor:
     return x.mean(tuple(dims), keepdim)
+
+
+def amax(x: Tensor, *, dims: Sequence[int], keepdim: bool) -> Tensor:
+    return x.amax(tuple(dims), keepdim)
 
 
 # --- normalization that cannot be folded ------------------------------------------------------------------------------
@@ -239,6 +247,14 @@ def gelu(x: Tensor, *, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+def softplus(x: Tensor, *, beta: float, threshold: float) -> Tensor:
+    return F.softplus(x, beta, threshold)
+
+
+def mish(x: Tensor) -> Tensor:
+    return F.mish(x)
+
+
 def mul_scalar(x: Tensor, *, value: float) -> Tensor:
     return x * value
 
@@ -270,6 +286,10 @@ def pad(x: Tensor, *, padding: Sequence[int], mode: str) -> Tensor:
     return F.pad(x, tuple(padding), mode)
 
 
+def pad_value(x: Tensor, *, padding: Sequence[int], value: float) -> Tensor:
+    return F.pad(x, tuple(padding), "constant", value)
+
+
 def upsample_nearest(x: Tensor, *, size: Sequence[int] | None, scale: Sequence[float] | None) -> Tensor:
     return F.interpolate(x, None if size is None else tuple(size), None if scale is None else tuple(scale), "nearest")
 
@@ -283,6 +303,10 @@ def upsample_bilinear(
 
 def pixel_shuffle(x: Tensor, *, factor: int) -> Tensor:
     return F.pixel_shuffle(x, factor)
+
+
+def pixel_unshuffle(x: Tensor, *, factor: int) -> Tensor:
+    return F.pixel_unshuffle(x, factor)
 
 
 _TABLE = [
@@ -300,7 +324,9 @@ _TABLE = [
     Op(max_pool2d, Kind.POOL, keeps_grid=True, integer=True),
     Op(avg_pool2d, Kind.POOL, integer=True),
     Op(adaptive_avg_pool2d, Kind.POOL, integer=True),
+    Op(adaptive_max_pool2d, Kind.POOL, keeps_grid=True, integer=True),
     Op(mean, Kind.POOL, integer=True),
+    Op(amax, Kind.POOL, keeps_grid=True, integer=True),
     Op(batch_norm, Kind.NORM),
     Op(layer_norm, Kind.NORM),
     Op(group_norm, Kind.NORM),
@@ -316,6 +342,8 @@ _TABLE = [
     Op(hardswish, Kind.ACTIVATION),
     Op(silu, Kind.ACTIVATION),
     Op(gelu, Kind.ACTIVATION),
+    Op(softplus, Kind.ACTIVATION),
+    Op(mish, Kind.ACTIVATION),
     Op(mul_scalar, Kind.ACTIVATION),
     Op(add_scalar, Kind.ACTIVATION),
     Op(flatten, Kind.MOVE, keeps_grid=True),
@@ -323,8 +351,10 @@ _TABLE = [
     Op(permute, Kind.MOVE, keeps_grid=True),
     Op(slice_, Kind.MOVE, keeps_grid=True),
     Op(pad, Kind.MOVE, keeps_grid=True),
+    Op(pad_value, Kind.MOVE, integer=True),
     Op(upsample_nearest, Kind.MOVE, keeps_grid=True),
     Op(pixel_shuffle, Kind.MOVE, keeps_grid=True),
+    Op(pixel_unshuffle, Kind.MOVE, keeps_grid=True),
     Op(upsample_bilinear, Kind.RESAMPLE, integer=True),
 ]
 OPS: dict[str, Op] = {op.name: op for op in _TABLE}

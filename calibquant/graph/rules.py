@@ -1,8 +1,8 @@
 """How torch's functions, tensor methods and aten operators are written in canonical ops.
 
-One rule serves every spelling of an operation: `F.relu`, `torch.relu`, `x.relu_()` and `aten.relu_` are all "relu". A rule
-takes the lowering and then the operation's own arguments: canonical nodes for what depends on the input, tensors for
-constants, plain values for the rest.
+One rule serves every spelling of an operation: `F.relu`, `torch.relu`, `x.relu_()` and `aten.relu_` are all "relu". A
+rule takes the lowering and then the operation's own arguments: canonical nodes for what depends on the input, tensors
+for constants, plain values for the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.graph import ops
-from calibquant.graph.lowering import BatchDependent, Lowering, Unsupported, rule
+from calibquant.graph.lowering import BatchDependent, Lowering, UnsupportedError, rule
 
 Value = Any  # a canonical fx.Node, a constant Tensor, or a plain Python value
 
@@ -57,7 +57,7 @@ def _explicit_padding(
 @rule("conv2d")
 def _conv2d(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     weight: Value,
     bias: Value = None,
     stride: Any = 1,
@@ -74,7 +74,7 @@ def _conv2d(
 @rule("conv1d")
 def _conv1d(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     weight: Value,
     bias: Value = None,
     stride: Any = 1,
@@ -91,7 +91,7 @@ def _conv1d(
 @rule("conv_transpose2d")
 def _conv_transpose2d(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     weight: Value,
     bias: Value = None,
     stride: Any = 1,
@@ -107,14 +107,14 @@ def _conv_transpose2d(
 
 
 @rule("linear")
-def _linear(e: Lowering, input: Value, weight: Value, bias: Value = None) -> fx.Node:  # noqa: A002
+def _linear(e: Lowering, input: Value, weight: Value, bias: Value = None) -> fx.Node:
     return e.emit(ops.linear, input, weight, bias)
 
 
 @rule("addmm")
 def _addmm(e: Lowering, bias: Value, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> fx.Node:
     if beta != 1 or alpha != 1 or not isinstance(y, Tensor):
-        raise Unsupported("with beta, alpha or two activations is not supported")
+        raise UnsupportedError("with beta, alpha or two activations is not supported")
     return e.emit(ops.linear, x, y.t().contiguous(), bias)
 
 
@@ -169,7 +169,7 @@ def _mul(e: Lowering, x: Value, y: Value) -> fx.Node:
 @rule("div", "div_", "truediv", "itruediv", "divide", "true_divide", "__truediv__")
 def _div(e: Lowering, x: Value, y: Value, *, rounding_mode: str | None = None) -> fx.Node:
     if rounding_mode is not None or not _is_tensor(x):
-        raise Unsupported("with a rounding mode or of a number by a tensor is not supported")
+        raise UnsupportedError("with a rounding mode or of a number by a tensor is not supported")
     return e.emit(ops.div, x, y) if _is_tensor(y) else e.emit(ops.mul_scalar, x, value=1.0 / y)
 
 
@@ -182,7 +182,7 @@ def _neg(e: Lowering, x: Value) -> fx.Node:
 def _cat(e: Lowering, tensors: Sequence[Value], dim: int = 0, axis: int | None = None) -> fx.Node:
     dim = (dim if axis is None else axis) % _rank(e, tensors[0])
     if dim == 0:
-        raise Unsupported("along the batch is not supported")
+        raise UnsupportedError("along the batch is not supported")
     return e.emit(ops.cat, list(tensors), dim=dim)
 
 
@@ -190,7 +190,7 @@ def _cat(e: Lowering, tensors: Sequence[Value], dim: int = 0, axis: int | None =
 def _stack(e: Lowering, tensors: Sequence[Value], dim: int = 0) -> fx.Node:
     rank = _rank(e, tensors[0]) + 1
     if dim % rank == 0:
-        raise Unsupported("along the batch is not supported")
+        raise UnsupportedError("along the batch is not supported")
     shape = list(e.shapes(tensors[0])[0])
     shape[0] = -1
     shape.insert(dim % rank, 1)
@@ -202,7 +202,7 @@ def _chunk(e: Lowering, x: Value, sizes: Any = None, dim: int = 0, **kwargs: Any
     name = str(getattr(e.current, "target", ""))
     dim = (int(sizes) if "unbind" in name and sizes is not None else dim) % _rank(e, x)
     if dim == 0:
-        raise Unsupported("along the batch is not supported")
+        raise UnsupportedError("along the batch is not supported")
     pieces, start = [], 0
     for piece in e.result[0]:
         width = 1 if "unbind" in name else piece.shape[dim]
@@ -212,6 +212,13 @@ def _chunk(e: Lowering, x: Value, sizes: Any = None, dim: int = 0, **kwargs: Any
         pieces.append(node)
         start += width
     return pieces
+
+
+@rule("getattr")
+def _getattr(e: Lowering, x: Value, name: str) -> Any:
+    if isinstance(x, list) and name in ("values", "indices"):
+        return x[("values", "indices").index(name)]
+    raise UnsupportedError(f"of {name} is not supported")
 
 
 @rule("getitem", "__getitem__")
@@ -235,7 +242,7 @@ def _getitem(e: Lowering, x: Value, index: Any) -> Any:
             start = item % shape[dim]
             node, reshaped = e.emit(ops.slice_, node, dim=dim, start=start, stop=start + 1, step=1), True
         else:
-            raise Unsupported("with such an index is not supported")
+            raise UnsupportedError("with such an index is not supported")
         dim += 1
     return _reshape(e, node) if reshaped else node
 
@@ -247,9 +254,9 @@ def _slice_node(e: Lowering, x: Value, dim: int, item: slice, size: int) -> Valu
     if (start, stop, step) == (0, size, 1):
         return x
     if dim == 0:
-        raise Unsupported("of some images of the batch is not supported")
+        raise UnsupportedError("of some images of the batch is not supported")
     if step < 1:
-        raise Unsupported("with a negative step is not supported")
+        raise UnsupportedError("with a negative step is not supported")
     return e.emit(ops.slice_, x, dim=dim, start=start, stop=stop, step=step)
 
 
@@ -257,6 +264,21 @@ def _slice_node(e: Lowering, x: Value, dim: int, item: slice, size: int) -> Valu
 def _aten_slice(e: Lowering, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     dim %= _rank(e, x)
     return _slice_node(e, x, dim, slice(start, end, step), e.shapes(x)[0][dim])
+
+
+@rule("slice_scatter")
+def _slice_scatter(
+    e: Lowering, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    """What torch.export makes of an in-place operation on a slice."""
+    dim %= _rank(e, x)
+    size = e.shapes(x)[0][dim]
+    start, stop, step = slice(start, end, step).indices(size)
+    if dim == 0 or step != 1:
+        raise UnsupportedError("along the batch or with a step is not supported")
+    before, after = _slice_node(e, x, dim, slice(0, start), size), _slice_node(e, x, dim, slice(stop, size), size)
+    parts = [p for p, width in ((before, start), (source, stop - start), (after, size - stop)) if width]
+    return parts[0] if len(parts) == 1 else e.emit(ops.cat, parts, dim=dim)
 
 
 @rule("narrow")
@@ -273,10 +295,10 @@ def _select(e: Lowering, x: Value, dim: int, index: int) -> Value:
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-@rule("max_pool2d", "boolean_dispatch", "_max_pool2d", "max_pool2d_with_indices")
+@rule("max_pool2d", "max_pool2d_with_indices")
 def _max_pool2d(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
@@ -284,19 +306,23 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    if return_indices:
-        raise Unsupported("with indices is not supported")
     stride = kernel_size if stride in (None, [], ()) else stride
-    return e.emit(
+    node = e.emit(
         ops.max_pool2d, input, kernel=_pair(kernel_size), stride=_pair(stride), padding=_pair(padding),
         dilation=_pair(dilation), ceil=bool(ceil_mode),
     )  # fmt: skip
+    return _without_indices(e, node)
+
+
+def _without_indices(e: Lowering, node: fx.Node) -> Any:
+    """An operation that also gives indices, which have no canonical form."""
+    return node if isinstance(e.result[0], Tensor) else [node, None]
 
 
 @rule("avg_pool2d")
 def _avg_pool2d(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
@@ -312,38 +338,45 @@ def _avg_pool2d(
 
 
 @rule("adaptive_avg_pool2d")
-def _adaptive_avg_pool2d(e: Lowering, input: Value, output_size: Any) -> fx.Node:  # noqa: A002
+def _adaptive_avg_pool2d(e: Lowering, input: Value, output_size: Any) -> fx.Node:
     size = tuple(int(v) for v in e.result[0].shape[-2:])
     if size == (1, 1):
         return e.emit(ops.mean, input, dims=(2, 3), keepdim=True)
     return e.emit(ops.adaptive_avg_pool2d, input, size=size)
 
 
-@rule("adaptive_max_pool2d")
-def _adaptive_max_pool2d(e: Lowering, input: Value, output_size: Any, return_indices: bool = False) -> fx.Node:  # noqa: A002
-    have, want = e.shapes(input)[0][-2:], e.result[0].shape[-2:]
-    if return_indices or any(h % w for h, w in zip(have, want, strict=True)):
-        raise Unsupported("with indices or an uneven output size is not supported")
-    kernel = tuple(h // w for h, w in zip(have, want, strict=True))
-    return e.emit(
-        ops.max_pool2d, input, kernel=kernel, stride=kernel, padding=(0, 0), dilation=(1, 1), ceil=False
-    )  # fmt: skip
+@rule("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
+def _adaptive_max_pool2d(e: Lowering, input: Value, output_size: Any, return_indices: bool = False) -> Any:
+    result = e.result[0] if isinstance(e.result[0], Tensor) else e.result[0][0]
+    size = tuple(int(v) for v in result.shape[-2:])
+    return _without_indices(e, e.emit(ops.adaptive_max_pool2d, input, size=size))
+
+
+@rule("amax", "max")
+def _amax(e: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Any:
+    if _is_tensor(dim):
+        raise UnsupportedError("of two tensors is not supported")
+    return _without_indices(e, e.emit(ops.amax, x, dims=_dims(e, x, dim), keepdim=keepdim))
+
+
+def _dims(e: Lowering, x: Value, dim: Any) -> list[int]:
+    rank = _rank(e, x)
+    dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
+    if 0 in dims:
+        raise UnsupportedError("over the batch is not supported")
+    return dims
 
 
 @rule("mean")
 def _mean(e: Lowering, x: Value, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> fx.Node:
-    rank = _rank(e, x)
-    dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim or range(rank)))
-    if 0 in dims:
-        raise Unsupported("over the batch is not supported")
-    return e.emit(ops.mean, x, dims=dims, keepdim=keepdim)
+    return e.emit(ops.mean, x, dims=_dims(e, x, dim), keepdim=keepdim)
 
 
 @rule("sum")
 def _sum(e: Lowering, x: Value, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> fx.Node:
     node = _mean(e, x, dim, keepdim)
     shape = e.shapes(x)[0]
-    return e.emit(ops.mul_scalar, node, value=float(math.prod(shape[d] for d in node.kwargs["dims"])))  # type: ignore[union-attr]
+    return e.emit(ops.mul_scalar, node, value=float(math.prod(shape[d] for d in node.kwargs["dims"])))
 
 
 # --- normalization ----------------------------------------------------------------------------------------------------
@@ -352,12 +385,14 @@ def _sum(e: Lowering, x: Value, dim: Any = None, keepdim: bool = False, *, dtype
 @rule("_BatchNorm")
 def _batch_norm_module(e: Lowering, module: Any, x: Value) -> fx.Node:
     if module.running_mean is None:
-        raise Unsupported("without running statistics depends on the batch")
+        raise UnsupportedError("without running statistics depends on the batch")
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(module, name)
         if tensor is not None and not any(t is tensor for t in e.constants.values()):
             e.constants[f"{e.current.target}.{name}"] = tensor  # type: ignore[union-attr]
-    return e.emit(ops.batch_norm, x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps)
+    return e.emit(
+        ops.batch_norm, x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
+    )
 
 
 @rule("batch_norm")
@@ -366,16 +401,35 @@ def _batch_norm(
     eps: float = 1e-5, cudnn_enabled: bool = True,
 ) -> fx.Node:  # fmt: skip
     if training:
-        raise Unsupported("in training mode depends on the batch")
+        raise UnsupportedError("in training mode depends on the batch")
     aten = isinstance(e.current.target, torch._ops.OpOverload)  # type: ignore[union-attr]
     weight, bias, mean, var = (a, b, c, d) if aten else (c, d, a, b)
     return e.emit(ops.batch_norm, x, mean, var, weight, bias, eps=eps)
 
 
+@rule("_native_batch_norm_legit_no_training")
+def _native_batch_norm(
+    e: Lowering, x: Value, weight: Value, bias: Value, mean: Value, var: Value, momentum: float, eps: float
+) -> list[Any]:
+    return [e.emit(ops.batch_norm, x, mean, var, weight, bias, eps=eps), None, None]
+
+
+@rule("native_layer_norm")
+def _native_layer_norm(e: Lowering, *args: Any) -> list[Any]:
+    return [_layer_norm(e, *args), None, None]
+
+
+@rule("native_group_norm")
+def _native_group_norm(
+    e: Lowering, x: Value, weight: Value, bias: Value, n: Any, c: Any, area: Any, groups: int, eps: float
+) -> list[Any]:
+    return [_group_norm(e, x, groups, weight, bias, eps), None, None]
+
+
 @rule("layer_norm")
 def _layer_norm(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     normalized_shape: Any,
     weight: Value = None,
     bias: Value = None,
@@ -388,7 +442,7 @@ def _layer_norm(
 @rule("group_norm")
 def _group_norm(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     num_groups: int,
     weight: Value = None,
     bias: Value = None,
@@ -399,7 +453,7 @@ def _group_norm(
 
 
 @rule("softmax", "_softmax")
-def _softmax(e: Lowering, input: Value, dim: int = -1, *_: Any, **__: Any) -> fx.Node:  # noqa: A002
+def _softmax(e: Lowering, input: Value, dim: int = -1, *_: Any, **__: Any) -> fx.Node:
     return e.emit(ops.softmax, input, dim=dim)
 
 
@@ -407,19 +461,19 @@ def _softmax(e: Lowering, input: Value, dim: int = -1, *_: Any, **__: Any) -> fx
 
 
 @rule("relu", "relu_")
-def _relu(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _relu(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
     return e.emit(ops.relu, input)
 
 
 @rule("relu6", "relu6_")
-def _relu6(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _relu6(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
     return e.emit(ops.clamp, input, low=0.0, high=6.0)
 
 
 @rule("hardtanh", "hardtanh_")
 def _hardtanh(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     min_val: float = -1.0,
     max_val: float = 1.0,
     inplace: bool = False,
@@ -428,72 +482,82 @@ def _hardtanh(
 
 
 @rule("clamp", "clamp_", "clip", "clip_")
-def _clamp(e: Lowering, input: Value, min: Any = None, max: Any = None) -> fx.Node:  # noqa: A002
+def _clamp(e: Lowering, input: Value, min: Any = None, max: Any = None) -> fx.Node:
     return e.emit(ops.clamp, input, low=min, high=max) if (min, max) != (0, None) else e.emit(ops.relu, input)
 
 
 @rule("clamp_min", "clamp_min_")
-def _clamp_min(e: Lowering, input: Value, min: float) -> fx.Node:  # noqa: A002
+def _clamp_min(e: Lowering, input: Value, min: float) -> fx.Node:
     return _clamp(e, input, min)
 
 
 @rule("leaky_relu", "leaky_relu_")
-def _leaky_relu(e: Lowering, input: Value, negative_slope: float = 0.01, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _leaky_relu(e: Lowering, input: Value, negative_slope: float = 0.01, inplace: bool = False) -> fx.Node:
     return e.emit(ops.leaky_relu, input, slope=negative_slope)
 
 
 @rule("prelu")
-def _prelu(e: Lowering, input: Value, weight: Value) -> fx.Node:  # noqa: A002
+def _prelu(e: Lowering, input: Value, weight: Value) -> fx.Node:
     return e.emit(ops.prelu, input, weight)
 
 
 @rule("elu", "elu_")
-def _elu(e: Lowering, input: Value, alpha: float = 1.0, *rest: Any, **_: Any) -> fx.Node:  # noqa: A002
+def _elu(e: Lowering, input: Value, alpha: float = 1.0, *rest: Any, **_: Any) -> fx.Node:
     if any(r not in (1, 1.0, False) for r in rest):
-        raise Unsupported("with scales is not supported")
+        raise UnsupportedError("with scales is not supported")
     return e.emit(ops.elu, input, alpha=alpha)
 
 
 @rule("sigmoid", "sigmoid_")
-def _sigmoid(e: Lowering, input: Value) -> fx.Node:  # noqa: A002
+def _sigmoid(e: Lowering, input: Value) -> fx.Node:
     return e.emit(ops.sigmoid, input)
 
 
 @rule("tanh", "tanh_")
-def _tanh(e: Lowering, input: Value) -> fx.Node:  # noqa: A002
+def _tanh(e: Lowering, input: Value) -> fx.Node:
     return e.emit(ops.tanh, input)
 
 
 @rule("hardsigmoid", "hardsigmoid_")
-def _hardsigmoid(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _hardsigmoid(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
     return e.emit(ops.hardsigmoid, input)
 
 
 @rule("hardswish", "hardswish_")
-def _hardswish(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _hardswish(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
     return e.emit(ops.hardswish, input)
 
 
 @rule("silu", "silu_")
-def _silu(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:  # noqa: A002
+def _silu(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
     return e.emit(ops.silu, input)
 
 
 @rule("gelu")
-def _gelu(e: Lowering, input: Value, *, approximate: str = "none") -> fx.Node:  # noqa: A002
+def _gelu(e: Lowering, input: Value, *, approximate: str = "none") -> fx.Node:
     return e.emit(ops.gelu, input, approximate=approximate)
+
+
+@rule("softplus")
+def _softplus(e: Lowering, input: Value, beta: float = 1.0, threshold: float = 20.0) -> fx.Node:
+    return e.emit(ops.softplus, input, beta=beta, threshold=threshold)
+
+
+@rule("mish", "mish_")
+def _mish(e: Lowering, input: Value, inplace: bool = False) -> fx.Node:
+    return e.emit(ops.mish, input)
 
 
 @rule("identity", "dropout", "dropout_", "dropout2d", "feature_dropout", "alpha_dropout", "contiguous", "clone",
       "detach", "detach_", "lift_fresh_copy", "alias", "positive")  # fmt: skip
-def _identity(e: Lowering, input: Value, *_: Any, **__: Any) -> Value:  # noqa: A002
+def _identity(e: Lowering, input: Value, *_: Any, **__: Any) -> Value:
     return input  # the lowering checks that the value is unchanged
 
 
 @rule("float", "to", "type_as", "_to_copy", "type")
-def _cast(e: Lowering, input: Value, *_: Any, **__: Any) -> Value:  # noqa: A002
+def _cast(e: Lowering, input: Value, *_: Any, **__: Any) -> Value:
     if e.result[0].dtype != input.meta["example"][0].dtype:
-        raise Unsupported("changes the data type, which is not supported")
+        raise UnsupportedError("changes the data type, which is not supported")
     return input
 
 
@@ -508,14 +572,14 @@ def _reshape(e: Lowering, x: Value, *_: Any, **__: Any) -> fx.Node:
     if a == was:
         return x
     if len(a) < 1 or a[1:] != b[1:] or a[0] == b[0]:
-        raise Unsupported("moves the batch dimension, which is not supported")
+        raise UnsupportedError("moves the batch dimension, which is not supported")
     if len(a) == 2 and a[0] == was[0]:
         return e.emit(ops.flatten, x, start=1)
     return e.emit(ops.reshape, x, shape=(-1, *a[1:]))
 
 
 @rule("flatten")
-def _flatten(e: Lowering, input: Value, start_dim: int = 0, end_dim: int = -1) -> fx.Node:  # noqa: A002
+def _flatten(e: Lowering, input: Value, start_dim: int = 0, end_dim: int = -1) -> fx.Node:
     return _reshape(e, input)
 
 
@@ -539,14 +603,14 @@ def _t(e: Lowering, x: Value) -> fx.Node:
 
 def _keep_batch(order: list[int]) -> list[int]:
     if order[0] != 0:
-        raise Unsupported("moves the batch dimension, which is not supported")
+        raise UnsupportedError("moves the batch dimension, which is not supported")
     return order
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 def _pad(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     pad: Sequence[int],
     mode: Any = "constant",
     value: float | None = None,
@@ -555,16 +619,16 @@ def _pad(
     if not isinstance(mode, str):  # aten.constant_pad_nd(x, pad, value)
         mode, value = "constant", mode
     mode = "reflect" if "reflection" in target else "replicate" if "replication" in target else mode
-    if value not in (None, 0, 0.0):
-        raise Unsupported("with a value other than zero is not supported")
     padding = tuple(int(p) for p in pad)
+    if value not in (None, 0, 0.0) and mode == "constant":
+        return e.emit(ops.pad_value, input, padding=padding, value=value)
     return e.emit(ops.pad, input, padding=padding, mode=mode) if any(padding) else input
 
 
 @rule("interpolate")
 def _interpolate(
     e: Lowering,
-    input: Value,  # noqa: A002
+    input: Value,
     size: Any = None,
     scale_factor: Any = None,
     mode: str = "nearest",
@@ -579,7 +643,7 @@ def _interpolate(
         return e.emit(ops.upsample_nearest, input, **target)
     if mode == "bilinear" and not antialias:
         return e.emit(ops.upsample_bilinear, input, **target, align_corners=bool(align_corners))
-    raise Unsupported(f"with mode {mode} is not supported")
+    raise UnsupportedError(f"with mode {mode} is not supported")
 
 
 def _floats(value: Any) -> tuple[float, float]:
@@ -596,6 +660,11 @@ def _upsample_bilinear2d(
     e: Lowering, x: Value, size: Any = None, align_corners: bool = False, scale: Any = None, *_: Any
 ) -> fx.Node:
     return _interpolate(e, x, size, scale, "bilinear", align_corners)
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(e: Lowering, x: Value, downscale_factor: int) -> fx.Node:
+    return e.emit(ops.pixel_unshuffle, x, factor=downscale_factor)
 
 
 @rule("pixel_shuffle")

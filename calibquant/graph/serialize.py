@@ -47,7 +47,8 @@ def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Grap
     Raises:
         RunFolderError: an op is not on the allow-list, or a node or parameter it names is missing.
     """
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
 
     def inputs(value: Any) -> Any:
         return [inputs(v) for v in value] if isinstance(value, list) else None if value is None else nodes[value]

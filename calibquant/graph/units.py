@@ -1,8 +1,9 @@
-"""Units: the pieces between cut points, where only one tensor is live. What is reconstructed at once comes from here."""
+"""Units: the pieces between cut points, where only one tensor is live; each is reconstructed at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -52,9 +53,9 @@ def units(graph: fx.Graph, granularity: str = "block") -> list[Unit]:
         graph: a canonical graph.
         granularity: "block" for the pieces between cut points, "layer" for one unit per op with a weight.
 
-    An element-wise activation belongs to the unit whose output it takes; pools and reshapes that hold no weight belong to
-    the unit that reads them. A layer unit is a weighted op with the activations that alone read it. A piece with more than
-    `MAX_WEIGHTS` weights (a whole dense block, say) falls back to layers.
+    An element-wise activation belongs to the unit whose output it takes; pools and reshapes that hold no weight belong
+    to the unit that reads them. A layer unit is a weighted op with the activations that alone read it. A piece with
+    more than `MAX_WEIGHTS` weights (a whole dense block, say) falls back to layers.
 
     Returns:
         the units in execution order; every weighted op belongs to exactly one.
@@ -76,7 +77,7 @@ def _pieces(graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
     cuts = cut_points(graph)
     pieces: list[tuple[fx.Node, list[fx.Node]]] = []
     pending: list[fx.Node] = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         inside = nodes[nodes.index(start) + 1 : nodes.index(stop) + 1]
         if any(weight_of(n) is not None for n in inside):
             before = pending[0].all_input_nodes[0] if pending else start

@@ -83,7 +83,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, gran
 
 
 def quantize_tensor(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granularity: Granularity = PerTensor()  # noqa: B008
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    granularity: Granularity = PerTensor(),  # noqa: B008
 ) -> QTensor:
     """Round `x` to nearest on an affine grid and keep what the codes mean."""
     return QTensor(quantize(x, scale, zero_point, grid, granularity), scale, zero_point, grid, granularity)

@@ -15,7 +15,9 @@ from calibquant.quantization.observers import ActivationObserver, make_observer,
 from calibquant.recipe import ActivationRecipe, QuantRecipe
 
 
-def calibrate_weights(model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None) -> None:
+def calibrate_weights(
+    model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Find each weight's range and round it to nearest.
 
     Args:

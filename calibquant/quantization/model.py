@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 
 from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of

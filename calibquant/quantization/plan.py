@@ -22,8 +22,8 @@ class TensorPlan:
         grid: its codes.
         symmetric: the range is symmetric around zero.
         granularity: what one scale spans.
-        role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), or "integer" (quantized
-            by the integer placement only).
+        role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), or "integer"
+            (quantized by the integer placement only).
     """
 
     grid: Grid
@@ -64,13 +64,14 @@ class QuantPlan:
         Raises:
             QuantizationError: there is no quantizer of that name.
         """
-        for field in ("weights", "activations"):
-            table = getattr(self, field)
-            if name in table:
-                grid = replace(table[name].grid, bits=bits)
-                return replace(self, **{field: {**table, name: replace(table[name], grid=grid)}})
-        known = [*self.weights, *self.activations]
-        raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
+        if name not in self.weights and name not in self.activations:
+            known = [*self.weights, *self.activations]
+            raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
+
+        def edited(table: Mapping[str, TensorPlan]) -> Mapping[str, TensorPlan]:
+            return {n: replace(p, grid=replace(p.grid, bits=bits)) if n == name else p for n, p in table.items()}
+
+        return replace(self, weights=edited(self.weights), activations=edited(self.activations))
 
 
 def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
@@ -79,16 +80,16 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     Weights of convolutions, linears and embeddings are quantized, each parameter once.
 
     Activations, `academic` placement: the output of every convolution, linear, matmul, sum, product and unfolded norm,
-    taken after the activation function that alone reads it, and the concatenation of such outputs. Not quantized are: the
-    image; what only sums read (a residual branch before its addition: the sum is quantized once); what only
+    taken after the activation function that alone reads it, and the concatenation of such outputs. Not quantized are:
+    the image; what only sums read (a residual branch before its addition: the sum is quantized once); what only
     concatenations read (the concatenation is); and what no further computing op but pools reads (the logits).
 
     `integer` placement adds, at `residual_bits`, whatever else an integer runtime reads: the image, residual branches,
     pool outputs. 8-bit weights are symmetric there.
 
     Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
-    `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's output;
-    `none`: nothing.
+    `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
+    output; `none`: nothing.
 
     Raises:
         QuantizationError: there is nothing to quantize.

@@ -17,6 +17,7 @@ _KINDS = {
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution"), "convolution"),
     **dict.fromkeys(("linear", "mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "matmul"), "matmul"),
     **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"), "pool"),
+    **dict.fromkeys(("mean", "sum", "amax", "max"), "pool"),
 }
 
 
@@ -29,7 +30,7 @@ def count_compute(network: nn.Module, example: Tensor) -> dict[str, int]:
     - matmul: Linear layers and products of matrices.
     - add: additions and subtractions of two tensors; not of numbers or 0-dimensional tensors, and not of a vector of
       weights, since that is how torch adds the bias of a Linear when its input is not contiguous.
-    - pool: maximum and average pools, adaptive ones, and means over the last two of four dimensions.
+    - pool: maximum and average pools, adaptive ones, and means, sums and maxima over dimensions.
     """
     counter = _Counter(example)
     training = network.training
@@ -64,10 +65,6 @@ class _Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("add", "add_", "sub", "sub_", "rsub"):
             return "add" if all(self._is_operand(arg) for arg in args[:2]) else None
-        if name == "mean" and func._overloadname == "dim":
-            x, axes = args[0], args[1] or []
-            spatial = x.dim() == 4 and {axis % 4 for axis in axes} == {2, 3}
-            return "pool" if spatial else None
         return _KINDS.get(name)
 
     def _is_operand(self, arg: object) -> bool:
