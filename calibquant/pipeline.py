@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from calibquant.data import (
     manifest_csv,
     open_images,
 )
-from calibquant.errors import DataError, RecipeError
+from calibquant.errors import DataError, ModelError, RecipeError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import MODEL, load_artifact, save_artifact, size_of
 from calibquant.export.record import record, record_text
@@ -34,7 +34,7 @@ from calibquant.graph import capture, fold_batch_norm
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import RunFolder, final_path, new_run, open_run, sha256
+from calibquant.runfolder import RECEIPT, RunFolder, final_path, new_run, open_run, sha256
 from calibquant.zoo import build_model
 
 log = logging.getLogger("calibquant")
@@ -81,7 +81,7 @@ class Prepared:
     """What stands before quantization: the captured network and the images.
 
     Args:
-        network: the user's network in eval mode.
+        network: the user's network.
         teacher: its canonical graph (or that of the named part), BatchNorm folded.
         submodule: name of the part, or None.
         images: the calibration images.
@@ -143,7 +143,7 @@ def quantize(
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         ...                           torch.nn.Flatten(), torch.nn.Linear(8, 4))
         >>> images = calibquant.TensorImages(torch.rand(32, 3, 16, 16))
-        >>> run = calibquant.quantize({"runs": "/tmp/calibquant-doc", "calibration": {"count": 32}}, net, images)
+        >>> run = calibquant.quantize({"calibration": {"count": 32}}, net, images)
         >>> run.metrics["setting"]
         'W4A4'
     """
@@ -169,7 +169,7 @@ def quantize(
                 model,
                 recipe.quant.activations,
                 _range_batches(recipe, prepared.images, device, reporter),
-                prepared.mount,
+                lambda part: prepared.mount(part).to(device),
             )
         _begin(reporter, 4, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
@@ -177,6 +177,9 @@ def quantize(
         _begin(reporter, 5, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared, model, device, reporter, float_result)
+        skipped = prepared.images.skipped | (prepared.evaluation.skipped if prepared.evaluation else set())
+        if skipped:
+            _note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
         _begin(reporter, 6, total, "Write the run folder")
         metrics = _metrics(recipe, prepared, model, float_result, quantized, clock)
         _write(folder, recipe, prepared, model, metrics, {"threads": threads, "device": str(device)})
@@ -191,19 +194,33 @@ def prepare(
     evaluation: ImageSet | None = None,
 ) -> Prepared:
     """Open images and network, capture it and fold BatchNorm; see `quantize` for arguments and errors."""
-    torch.manual_seed(recipe.seed)
-    network = build(recipe) if network is None else network.eval()
+    if network is None:
+        network = build(recipe)
+    else:
+        _check_finite(network)
     if calibration is None:
         calibration = _open(recipe, "calibration")
         evaluation = evaluation if evaluation is not None else _open(recipe, "evaluation")
     check_calibration_set(min(recipe.calibration.count, len(calibration)))
     indices = draw(len(calibration), recipe.calibration.count, recipe.calibration.order, recipe.seed)
+    if calibration.on_error == "skip":  # the manifest lists what calibrates, so unreadable images are found now
+        readable = batches(calibration, recipe.calibration.batch_size, indices)
+        indices = [i for batch in readable for i in batch.indices]
+        check_calibration_set(len(indices))
     manifest = make_manifest(calibration, indices, recipe.calibration.order, recipe.seed)
     chosen = calibration.subset(indices)
-    example = next(batches(chosen.subset(range(min(3, len(chosen)))), 3)).images
+    example = next(batches(chosen, 3, range(min(3, len(chosen))))).images
     submodule = recipe.model.submodule
     teacher = fold_batch_norm(capture(network, example, submodule))
     return Prepared(network, teacher, submodule, chosen, manifest, evaluation)
+
+
+def _check_finite(network: nn.Module) -> None:
+    """Check a live network's parameters, as those of a file are when they are loaded; a buffer may hold infinity."""
+    for name, value in network.named_parameters():
+        if not torch.isfinite(value).all():
+            problem = "holds NaN or infinite values"
+            raise ModelError(f"network, parameter '{name}'", problem, "give a network whose training did not diverge")
 
 
 def build(recipe: Recipe) -> nn.Module:
@@ -215,7 +232,9 @@ def build(recipe: Recipe) -> nn.Module:
     """
     if recipe.model.name is None:
         raise RecipeError("recipe, model.name", "this field is required", "name a network of the zoo")
-    return build_model(recipe.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # what the weights file does not give is drawn the same way each time
+        return build_model(recipe.model)
 
 
 def measure(
@@ -255,6 +274,7 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     part: nn.Module = model
     if recipe.model.submodule is not None:
         part = build(recipe)
+        _check_weights(folder, recipe)
         part.set_submodule(recipe.model.submodule, model)
     _begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = evaluate(
@@ -264,12 +284,20 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
 
 
+def _check_weights(folder: RunFolder, recipe: Recipe) -> None:
+    """Check that the network around a quantized part has the weights that the run was made with."""
+    made_with, path = folder.read_json(RECEIPT)["weights"], recipe.model.weights
+    found = None if path is None else sha256(path.read_bytes())
+    if found != (made_with and made_with["sha256"]):
+        problem = "is not the file that the run was made with (its hash is not the receipt's)"
+        raise RunFolderError(path or "model.weights", problem, "give that file with model.weights=…")
+
+
 def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
     """Measure the recipe's float network; the same code measures the quantized one."""
     reporter = reporter or _Silent()
     set_threads(recipe.threads)
     device = resolve_device(recipe.device)
-    torch.manual_seed(recipe.seed)
     _begin(reporter, 1, 2, "Open the network and the images")
     network, images = build(recipe).to(device), _open(recipe, "evaluation")
     _begin(reporter, 2, 2, "Evaluate the float network")
@@ -321,6 +349,7 @@ def dry_run(recipe: Recipe, network: nn.Module | None = None) -> DryRun:
         CalibQuantError: as `quantize`.
     """
     set_threads(recipe.threads)
+    resolve_device(recipe.device)
     prepared = prepare(recipe, network)
     model = QuantModel(prepared.teacher, make_plan(prepared.teacher, recipe.quant))
     timed = min(16, len(prepared.images))
@@ -351,7 +380,11 @@ class _LiveBytes(fx.Interpreter):
     def measure(self, images: Tensor) -> None:
         """Run on images; a part is reached through its host."""
         part = next(m for m in self.host.modules() if m is self.module)
-        handle = part.register_forward_pre_hook(lambda _module, args: self.run(*args))
+
+        def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.run(*args)
+
+        handle = part.register_forward_pre_hook(watch)
         self.host(images)
         handle.remove()
 
@@ -464,7 +497,7 @@ def _note(reporter: Reporter, text: str) -> None:
 
 @contextmanager
 def _log_to(folder: RunFolder) -> Iterator[None]:
-    handler = logging.FileHandler(folder.path / "log.txt", encoding="utf-8")
+    handler = _LogFile(folder.path / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
@@ -474,4 +507,11 @@ def _log_to(folder: RunFolder) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        handler.close()
+        with suppress(OSError):  # each line was flushed already
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk stops the run here as at every other file; logging would print a stack trace and go on."""
+        raise

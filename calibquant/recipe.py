@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from calibquant.errors import RecipeError, nearest
 
-Bits = Annotated[int, Field(ge=2)]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+Pixels = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Observer = Literal["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
 Placement = Literal["integer", "academic"]
 Boundary = Literal["brecq", "qdrop", "captq", "none"]
-SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 class Section(BaseModel):
@@ -40,14 +41,16 @@ class ModelRecipe(Section):
 class Preprocess(Section):
     """From a decoded image to the network's input, in this order: resize, center crop, [0, 1], normalize."""
 
-    resize: int | tuple[int, int] | None = Field(default=None, description="shorter side, or (height, width)")
-    crop: int | tuple[int, int] | None = Field(default=None, description="center crop: side, or (height, width)")
+    resize: Pixels | tuple[Pixels, Pixels] | None = Field(default=None, description="shorter side, or (height, width)")
+    crop: Pixels | tuple[Pixels, Pixels] | None = Field(
+        default=None, description="center crop: side, or (height, width)"
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     color: Literal["convert", "strict"] = Field(
         default="convert", description="grey and CMYK files: converted to RGB, or an error"
     )
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[FiniteFloat, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
 
 
 class DataRecipe(Section):
@@ -60,6 +63,9 @@ class DataRecipe(Section):
     )
     evaluation: str | None = Field(default=None, description="the same for evaluation (test, val, a file)")
     preprocess: Preprocess = Preprocess()
+    calibration_preprocess: Preprocess | None = Field(
+        default=None, description="of the calibration images, where it differs from `preprocess`"
+    )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
 
 
@@ -126,19 +132,6 @@ class Recipe(Section):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
 
-    @model_validator(mode="after")
-    def _supported_bits(self) -> Recipe:
-        q = self.quant
-        for field, bits in (
-            ("weights.bits", q.weights.bits),
-            ("activations.bits", q.activations.bits),
-            ("boundary_bits", q.boundary_bits),
-            ("residual_bits", q.residual_bits),
-        ):
-            if bits not in SUPPORTED_BITS:
-                raise ValueError(f"quant.{field}: {bits} bits are not supported; use 2 to 8, or 16")
-        return self
-
     @property
     def setting(self) -> str:
         """Bits in the field's short form, such as W4A4."""
@@ -193,7 +186,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(path, f"cannot be read ({reason})", "give the path of a recipe file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
@@ -212,7 +205,7 @@ def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source
         tree = _override(tree, override)
     preset = tree.get("preset")
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise RecipeError(f"{source}, preset", f"'{preset}' is unknown", nearest(str(preset), PRESETS))
         tree = _merge(PRESETS[preset], tree)
     try:
@@ -227,7 +220,7 @@ def _override(tree: dict[str, Any], text: str) -> dict[str, Any]:
         raise RecipeError(f"override '{text}'", "is not key=value", "write for example quant.weights.bits=2")
     try:
         leaf: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
     for part in reversed(key.strip().split(".")):
         leaf = {part: leaf}
@@ -243,24 +236,36 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_problem(error: ValidationError, source: str) -> RecipeError:
-    """One line for the first problem; unknown keys first, since they often cause the others."""
-    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    path = [str(part) for part in problem["loc"]]
+    """One line for the first problem; unknown keys first, since they often cause the others, then the deepest."""
+    problem = min(error.errors(), key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
+    path, section = _field(problem["loc"])
     where = f"{source}, {'.'.join(path)}" if path else source
     if problem["type"] == "extra_forbidden":
-        return RecipeError(where, "this key is unknown", nearest(path[-1], _fields(path[:-1])))
+        return RecipeError(where, "this key is unknown", nearest(path[-1], section.model_fields))
     if problem["type"] == "missing":
         return RecipeError(where, "this field is required", "add it to the recipe")
-    if problem["type"] == "value_error":
-        return RecipeError(source, *str(problem["ctx"]["error"]).split("; ", 1))
     got = repr(problem["input"])
+    if problem["type"] == "model_type":
+        return RecipeError(where, f"holds {got[:60]} in place of fields", "give fields, or leave the key out")
     return RecipeError(where, f"{problem['msg'][0].lower()}{problem['msg'][1:]}", f"got {got[:60]}")
 
 
-def _fields(path: list[str]) -> list[str]:
-    """The known keys of the section at a dotted path."""
-    section: Any = Recipe
-    for part in path:
-        field = section.model_fields[part].annotation
-        section = next((a for a in (field, *get_args(field)) if hasattr(a, "model_fields")), Section)
-    return list(section.model_fields)
+def _field(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
+    """The dotted path of a field and its section; what pydantic adds for the branches of a union is left out."""
+    path: list[str] = []
+    section: type[Section] = Recipe
+    inner: type[Section] | None = Recipe
+    for part in location:
+        if inner is not None:
+            section, inner = inner, _section(inner, str(part))
+            path.append(str(part))
+        elif isinstance(part, int):
+            path.append(str(part))
+    return path, section
+
+
+def _section(outer: type[Section], name: str) -> type[Section] | None:
+    """The section that a field holds, or None for a plain value or an unknown field."""
+    annotation = outer.model_fields[name].annotation if name in outer.model_fields else None
+    candidates = (annotation, *get_args(annotation))
+    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)

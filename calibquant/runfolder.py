@@ -90,7 +90,7 @@ def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
     """
     partial = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         partial = _claim(root, stem)
         yield RunFolder(partial)
         partial.replace(final_path(partial))
@@ -99,6 +99,18 @@ def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
     finally:
         if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, where they are not there yet.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def final_path(partial: Path) -> Path:
@@ -118,12 +130,13 @@ def open_run(path: Path) -> RunFolder:
     if not (path / RECEIPT).is_file():
         raise RunFolderError(path, f"is no run folder ({RECEIPT} is missing)", "name a folder that calibquant wrote")
     receipt = folder.read_json(RECEIPT)
-    version = receipt.get("format_version") if isinstance(receipt, dict) else None
+    receipt = receipt if isinstance(receipt, dict) and isinstance(receipt.get("files"), dict) else {}
+    version = receipt.get("format_version")
     if version != FORMAT_VERSION:
         raise RunFolderError(
             path / RECEIPT, f"format version {version} is not {FORMAT_VERSION}", "use the calibquant that wrote it"
         )
-    for name, expected in receipt.get("files", {}).items():
+    for name, expected in receipt["files"].items():
         if sha256(folder.read(name)) != expected:
             raise RunFolderError(
                 path / name, "is damaged (its hash is not the receipt's)", "restore it or quantize again"
@@ -166,7 +179,7 @@ def disk_error(error: OSError, path: Path) -> RunFolderError:
     """A disk's refusal as one line."""
     return RunFolderError(
         error.filename or path,
-        f"cannot be written ({error.strerror})",
+        f"cannot be written ({error.strerror or error})",
         "free space there, or choose another runs= folder",
     )
 
@@ -187,6 +200,10 @@ def _claim(root: Path, stem: str) -> Path:
         partial = root / f".{stem}-{number:03d}.partial"
         try:
             partial.mkdir()
-            return partial
         except FileExistsError:
             number += 1
+            continue
+        if not final_path(partial).exists():
+            return partial
+        partial.rmdir()  # another process finished a run of this number since the folder was listed
+        number += 1

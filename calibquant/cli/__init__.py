@@ -13,9 +13,11 @@ from calibquant.cli.inspect import inspect
 from calibquant.cli.quantize import quantize
 from calibquant.errors import CalibQuantError
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     help="Quantize trained vision CNNs to low bits: accurate, really small, explained.",
-    no_args_is_help=True,
+    epilog="With --debug an error also shows its stack trace.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -29,20 +31,25 @@ def main(arguments: list[str] | None = None) -> int:
     With --debug among the arguments an error also shows its stack trace.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
     try:
-        return app([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="calibquant") or 0
-    except CalibQuantError as error:
-        message = str(error)
-    except typer.TyperException as error:
-        message = f"{error.format_message().rstrip('.')}; see calibquant --help"
-    except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted; nothing was left behind"
-    except Exception as error:
-        message = (
-            f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]}); run again with --debug"
-        )
-    if debug:
-        console.err.print_exception()
-    console.err.print(f"error: {message}", style="red", markup=False)
-    return 1
+        rest = [a for a in arguments if a != "--debug"] or ["--help"]
+        code = app(rest, standalone_mode=False, prog_name="calibquant") or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            console.err.print_exception()
+        console.err.print(f"error: {_line(error)}", style="red", markup=False)
+        return 1
+
+
+def _line(error: BaseException) -> str:
+    """What a user is told of an error, in one line."""
+    if isinstance(error, CalibQuantError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted; nothing was left behind"
+    if isinstance(error, typer.TyperException):
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; see calibquant --help"
+    return f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]}); run again with --debug"

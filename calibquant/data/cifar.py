@@ -77,13 +77,16 @@ def read_binary(path: Path) -> tuple[Pixels, Labels]:
     """Pixels (N, 3072), memory-mapped, and labels (N,) of one file of the binary form.
 
     Raises:
-        DataError: the file is empty or not a whole number of records.
+        DataError: the file cannot be read, is empty or not a whole number of records.
     """
     size = path.stat().st_size
     if size == 0 or size % RECORD:
         problem = f"is truncated or not CIFAR-10: {size} bytes are not a whole number of records of {RECORD} bytes"
         raise DataError(path, problem, "download cifar-10-binary.tar.gz again")
-    records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, RECORD)
+    try:
+        records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, RECORD)
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", "make the file readable") from None
     return records[:, 1:], records[:, 0].astype(np.int64)
 
 

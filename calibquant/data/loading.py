@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from torch import Tensor
 from calibquant.data.imageset import ImageSet, UnreadableImageError, check_indices
 from calibquant.errors import DataError
 
-WORKERS = min(4, os.cpu_count() or 1)
+MOST_WORKERS = 4
 PREFETCH = 2  # batches decoded while the network works on another
 
 logger = logging.getLogger("calibquant")
@@ -64,12 +63,13 @@ def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = N
 
 
 def _deliver(images: ImageSet, chunks: list[tuple[int, ...]]) -> Iterator[Batch]:
-    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="calibquant-data")
+    workers = min(MOST_WORKERS, torch.get_num_threads())  # the recipe's `threads`
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="calibquant-data")
     pending: deque[list[Future[Loaded]]] = deque()
     delivered = False
     try:
         for chunk in chunks:
-            pending.append(_submit(pool, images, chunk))
+            pending.append(_submit(pool, workers, images, chunk))
             if len(pending) > PREFETCH:
                 for batch in _collect(images, pending.popleft()):
                     delivered = True
@@ -85,9 +85,9 @@ def _deliver(images: ImageSet, chunks: list[tuple[int, ...]]) -> Iterator[Batch]
         raise DataError(first, "this image and all others are unreadable", "correct data.root or replace the files")
 
 
-def _submit(pool: ThreadPoolExecutor, images: ImageSet, chunk: tuple[int, ...]) -> list[Future[Loaded]]:
+def _submit(pool: ThreadPoolExecutor, workers: int, images: ImageSet, chunk: tuple[int, ...]) -> list[Future[Loaded]]:
     """Share a batch among the workers, in slices: a task for each small image would cost more than its decoding."""
-    share = -(-len(chunk) // WORKERS)
+    share = -(-len(chunk) // workers)
     return [pool.submit(_load, images, chunk[i : i + share]) for i in range(0, len(chunk), share)]
 
 

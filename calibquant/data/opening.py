@@ -38,17 +38,20 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
         (597, torch.Size([1, 16, 16]))
     """
     chosen = recipe.calibration if split == "calibration" else recipe.evaluation
-    check_preprocess(recipe.preprocess, 1 if recipe.kind == "digits" else 3)
+    own = recipe.calibration_preprocess if split == "calibration" else None
+    settings = own or recipe.preprocess
+    field = "data.calibration_preprocess" if own else "data.preprocess"
+    check_preprocess(settings, 1 if recipe.kind == "digits" else 3, field)
     if recipe.kind == "digits":
-        return DigitImages(_official_split(chosen, split), recipe.preprocess)
+        return DigitImages(_official_split(chosen, split), settings)
     root = _root(recipe)
     if recipe.kind == "cifar10":
-        return open_cifar10(root, _official_split(chosen, split), recipe.preprocess)
+        return open_cifar10(root, _official_split(chosen, split), settings)
     if recipe.kind == "folder":
-        return open_folder(root, chosen or _FOLDERS[split], recipe.preprocess, recipe.on_error)
+        return open_folder(root, chosen or _FOLDERS[split], settings, recipe.on_error)
     if chosen is None:
         raise DataError(f"data.{split}", "names no file", "set it to a CSV file, as a path relative to data.root")
-    return open_csv(root, chosen, recipe.preprocess, recipe.on_error)
+    return open_csv(root, chosen, settings, recipe.on_error)
 
 
 def _official_split(chosen: str | None, split: Split) -> str:

@@ -28,29 +28,23 @@ _FILTERS = {
 }
 
 
-def check_preprocess(settings: Preprocess, channels: int) -> None:
-    """Check the settings that only the data can judge: lengths of mean and std, and sizes.
+def check_preprocess(settings: Preprocess, channels: int, field: str = "data.preprocess") -> None:
+    """Check the settings that only the data can judge: the lengths of mean and std.
 
     Args:
-        settings: the recipe's `data.preprocess`.
+        settings: the recipe's preprocessing.
         channels: 3 for colour images, 1 for grey ones.
+        field: where the recipe has it.
 
     Raises:
         DataError: names the field of the recipe.
     """
-    for field in ("mean", "std"):
-        values = getattr(settings, field)
+    for name in ("mean", "std"):
+        values = getattr(settings, name)
         if len(values) != channels:
             what = "grey images with 1 channel" if channels == 1 else f"images with {channels} channels"
-            one = f"give one value for each channel, e.g. {field}: [{', '.join(['0.5'] * channels)}]"
-            raise DataError(f"data.preprocess.{field}", f"has length {len(values)} but these are {what}", one)
-        if not np.isfinite(values).all() or (field == "std" and min(values) <= 0):
-            mend = "use finite numbers, and a std above 0"
-            raise DataError(f"data.preprocess.{field}", f"holds a number out of range: {list(values)}", mend)
-    for field in ("resize", "crop"):
-        size = getattr(settings, field)
-        if size is not None and np.min(size) < 1:
-            raise DataError(f"data.preprocess.{field}", f"{size} is not a size", "use pixels, 1 or more")
+            one = f"give one value for each channel, e.g. {name}: [{', '.join(['0.5'] * channels)}]"
+            raise DataError(f"{field}.{name}", f"has length {len(values)} but these are {what}", one)
 
 
 def decode(path: Path, color: str, name: str) -> Image.Image:

@@ -26,6 +26,7 @@ from torch import Tensor
 from calibquant.errors import RunFolderError
 from calibquant.graph.serialize import from_json, to_json
 from calibquant.numerics.affine import QTensor
+from calibquant.numerics.grid import PerChannel
 from calibquant.numerics.packing import pack, packed_bytes, unpack
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.plan import QuantPlan, TensorPlan
@@ -59,7 +60,7 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
     """The tensors of model.safetensors, by name.
 
     Raises:
-        QuantizationError: a weight is not calibrated.
+        QuantizationError: a weight or an activation is not calibrated.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in parameter_tensors(model.teacher).items():
@@ -71,10 +72,10 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
         tensors[f"{name}.scale"] = q.scale.cpu()
         if not model.weight_quantizers[name].plan.symmetric:
             tensors[f"{name}.zero_point"] = pack(q.zero_point, q.grid)
-    static = [q for q in model.activation_quantizers.values() if q.scale is not None]
+    static = [q.get() for q in model.activation_quantizers.values() if not q.dynamic]
     if static:
-        tensors["activations.scale"] = torch.stack([q.scale.cpu() for q in static])  # type: ignore[union-attr]
-        tensors["activations.zero_point"] = torch.stack([q.zero_point.cpu() for q in static])
+        tensors["activations.scale"] = torch.stack([scale.cpu() for scale, _ in static])
+        tensors["activations.zero_point"] = torch.stack([zero_point.cpu() for _, zero_point in static])
     return tensors
 
 
@@ -83,7 +84,9 @@ def size_of(model: QuantModel) -> Size:
     tensors = parameter_tensors(model.teacher)
     weights = {name: (tensors[name], q.plan) for name, q in model.weight_quantizers.items()}
     codes = sum(packed_bytes(w.numel(), p.grid.bits) for w, p in weights.values())
-    channels = [(w.shape[p.granularity.axis] if hasattr(p.granularity, "axis") else 1, p) for w, p in weights.values()]
+    channels = [
+        (w.shape[p.granularity.axis] if isinstance(p.granularity, PerChannel) else 1, p) for w, p in weights.values()
+    ]
     scales = sum(4 * c + (0 if p.symmetric else packed_bytes(c, p.grid.bits)) for c, p in channels)
     scales += sum(0 if q.dynamic else 8 for q in model.activation_quantizers.values())
     remainder = sum(4 * t.numel() for name, t in tensors.items() if name not in weights)
@@ -135,7 +138,7 @@ def load_artifact(folder: RunFolder) -> QuantModel:
         raise RunFolderError(folder.path / MODEL, f"is damaged ({error})", "restore it or quantize again") from None
     try:
         return _rebuild(description, stored)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RunFolderError(
             folder.path / GRAPH,
             f"does not fit {MODEL} ({type(error).__name__}: {error})",
@@ -144,6 +147,8 @@ def load_artifact(folder: RunFolder) -> QuantModel:
 
 
 def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantModel:
+    if description["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {description['format_version']} is not {FORMAT_VERSION}")
     rows = description["weights"]
     plan = QuantPlan(
         {name: TensorPlan.from_json(row) for name, row in rows.items()},
@@ -157,15 +162,19 @@ def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantMod
     model = QuantModel(from_json(description["nodes"], tensors), plan, description["dynamic"])
     for name, value in codes.items():
         model.weight_quantizers[name].set(value)
-    if not description["dynamic"]:
-        for i, quantizer in enumerate(model.activation_quantizers.values()):
-            quantizer.scale = stored["activations.scale"][i].clone()
-            quantizer.zero_point = stored["activations.zero_point"][i].clone()
+    if len(model.quantizers) != len(plan.weights) + len(plan.activations):
+        raise ValueError("it plans quantizers for nodes that are not there")
+    if plan.activations and not description["dynamic"]:
+        ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
+        for quantizer, (scale, zero_point) in zip(model.activation_quantizers.values(), ranges, strict=True):
+            quantizer.scale, quantizer.zero_point = scale.clone(), zero_point.clone()
     return model
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:
     scale = stored[f"{name}.scale"]
+    if tuple(scale.shape) != ((shape[plan.granularity.axis],) if isinstance(plan.granularity, PerChannel) else ()):
+        raise ValueError(f"{name}.scale has the shape {tuple(scale.shape)}")
     if plan.symmetric:
         zero_point = torch.full_like(scale, 0 if plan.grid.signed else 1 << (plan.grid.bits - 1), dtype=torch.int32)
     else:

@@ -254,9 +254,10 @@ class Lowering:
         if isinstance(value, (list, tuple)) and len(value) == 1:
             value = value[0]  # torch.export wraps a single output
         found = self.env.get(value) if isinstance(value, fx.Node) else None
-        if isinstance(found, _Refused):
+        single = isinstance(value, fx.Node) and isinstance(self.values[value][0], Tensor)
+        if single and isinstance(found, _Refused):
             raise found.error
-        if not isinstance(value, fx.Node) or not isinstance(found, fx.Node):
+        if not single or not isinstance(found, fx.Node):
             what = "a constant" if isinstance(value, fx.Node) and value not in self.env else "more than one tensor"
             raise CaptureError(
                 "the network's output", f"is {what}, not one tensor", "name the part to quantize with model.submodule"
@@ -267,7 +268,8 @@ class Lowering:
         self.graph.eliminate_dead_code()
         kept = {str(n.target): n for n in self.graph.nodes if n.op == "get_attr"}
         for node in self.graph.nodes:
-            node.meta.pop("example", None)
+            if "example" in node.meta:
+                node.meta["rank"] = node.meta.pop("example")[0].dim()  # folding needs to know it
         return build({name: self.constants[name].detach().clone() for name in kept}, self.graph)
 
     def _name(self, op: str) -> str:

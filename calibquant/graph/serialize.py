@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from keyword import iskeyword
 from typing import Any
 
 from torch import Tensor, fx
@@ -45,7 +47,7 @@ def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Grap
         tensors: the parameters by name.
 
     Raises:
-        RunFolderError: an op is not on the allow-list, or a node or parameter it names is missing.
+        RunFolderError: an op is not on the allow-list, a node or parameter it names is missing, or a row is malformed.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -53,32 +55,40 @@ def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Grap
     def inputs(value: Any) -> Any:
         return [inputs(v) for v in value] if isinstance(value, list) else None if value is None else nodes[value]
 
-    for row in rows:
-        name = str(row.get("name"))
+    for number, row in enumerate(rows):
+        where = f"graph.json, node {number}"
         try:
-            if row["op"] == "placeholder":
+            name, op = row["name"], row["op"]
+            where = f"graph.json, node '{name}'"
+            if not name.isidentifier() or name in nodes or iskeyword(name):
+                raise ValueError("the name is not a new identifier")
+            if op == "placeholder":
                 nodes[name] = graph.create_node("placeholder", name, (), {}, name=name)
-            elif row["op"] == "get_attr":
+            elif op == "get_attr":
                 parameter = row["parameter"]
                 tensors[parameter]
+                _check_parameter(parameter)
                 nodes[name] = graph.create_node("get_attr", parameter, (), {}, name=name)
-            elif row["op"] == "output":
-                graph.output(inputs(row["inputs"][0]))
-            elif row["op"] in OPS:
+            elif op == "output":
+                nodes[name] = graph.output(inputs(row["inputs"][0]))
+            elif op in OPS:
                 attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in row["attributes"].items()}
                 args = tuple(inputs(i) for i in row["inputs"])
-                nodes[name] = graph.create_node("call_function", OPS[row["op"]].run, args, attributes, name=name)
+                signature(OPS[op].run).bind(*args, **attributes)
+                nodes[name] = graph.create_node("call_function", OPS[op].run, args, attributes, name=name)
             else:
-                raise RunFolderError(
-                    f"graph.json, node '{name}'", f"the op '{row['op']}' is not on the allow-list", "update calibquant"
-                )
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise RunFolderError(
-                f"graph.json, node '{name}'", f"is damaged ({type(error).__name__}: {error})", "quantize again"
-            ) from None
+                raise RunFolderError(where, f"the op '{op}' is not on the allow-list", "update calibquant")
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise RunFolderError(where, f"is damaged ({type(error).__name__}: {error})", "quantize again") from None
     if not any(n.op == "output" for n in graph.nodes):
         raise RunFolderError("graph.json", "has no output", "quantize again")
     return build({str(n.target): tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}, graph)
+
+
+def _check_parameter(name: str) -> None:
+    """torch.fx writes names of nodes and parameters into the Python code that it runs: nothing may leave its string."""
+    if not name.isprintable() or set(name) & set("\"'\\"):
+        raise ValueError("the parameter's name is no name")
 
 
 def _names(value: Any) -> Any:

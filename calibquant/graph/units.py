@@ -21,7 +21,7 @@ class Unit:
         input: name of the node whose value enters.
         output: name of the node whose value leaves.
         nodes: names of its nodes in execution order; the last one is `output`.
-        weights: names of the parameters quantized in it, in order.
+        weights: names of the parameters quantized in it, in order, each once.
     """
 
     name: str
@@ -55,7 +55,8 @@ def units(graph: fx.Graph, granularity: str = "block") -> list[Unit]:
 
     An element-wise activation belongs to the unit whose output it takes; pools and reshapes that hold no weight belong
     to the unit that reads them. A layer unit is a weighted op with the activations that alone read it. A piece with
-    more than `MAX_WEIGHTS` weights (a whole dense block, say) falls back to layers.
+    more than `MAX_WEIGHTS` weights (a whole dense block, say) falls back to layers, and so does one that several inputs
+    enter.
 
     Returns:
         the units in execution order; every weighted op belongs to exactly one.
@@ -67,20 +68,30 @@ def units(graph: fx.Graph, granularity: str = "block") -> list[Unit]:
     found: list[Unit] = []
     for before, nodes in _pieces(graph):
         weighted = [n for n in nodes if weight_of(n) is not None]
-        found += [_unit(before, nodes)] if len(weighted) <= MAX_WEIGHTS else [_layer(n) for n in weighted]
+        if before is None or len(weighted) > MAX_WEIGHTS:
+            found += [_layer(n) for n in weighted]
+        else:
+            found.append(_unit(before, nodes))
     return found
 
 
-def _pieces(graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """(input node, nodes) between cut points, weightless pieces merged into their neighbours."""
+def _pieces(graph: fx.Graph) -> list[tuple[fx.Node | None, list[fx.Node]]]:
+    """(input node, nodes) between cut points, weightless pieces merged into their neighbours.
+
+    The input is None where several enter: before the first cut point of a network with several inputs.
+    """
     nodes = [n for n in graph.nodes if n.op in ("placeholder", "call_function")]
     cuts = cut_points(graph)
-    pieces: list[tuple[fx.Node, list[fx.Node]]] = []
+    pieces: list[tuple[fx.Node | None, list[fx.Node]]] = []
+    entry = nodes[: nodes.index(cuts[0]) + 1]
+    if any(weight_of(n) is not None for n in entry):
+        pieces.append((None, entry))
     pending: list[fx.Node] = []
+    before = cuts[0]
     for start, stop in pairwise(cuts):
         inside = nodes[nodes.index(start) + 1 : nodes.index(stop) + 1]
+        before = before if pending else start
         if any(weight_of(n) is not None for n in inside):
-            before = pending[0].all_input_nodes[0] if pending else start
             pieces.append((before, pending + inside))
             pending = []
         elif pieces and not pending and all(kind_of(n) is Kind.ACTIVATION for n in inside):
@@ -94,7 +105,9 @@ def _pieces(graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
 
 def _unit(before: fx.Node, nodes: list[fx.Node]) -> Unit:
     weights = [str(w.target) for n in nodes if (w := weight_of(n)) is not None]
-    return Unit(_common_name(weights), before.name, nodes[-1].name, tuple(n.name for n in nodes), tuple(weights))
+    return Unit(
+        _common_name(weights), before.name, nodes[-1].name, tuple(n.name for n in nodes), tuple(dict.fromkeys(weights))
+    )
 
 
 def _layer(node: fx.Node) -> Unit:

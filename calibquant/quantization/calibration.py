@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from calibquant.errors import QuantizationError
+from calibquant.errors import DataError, QuantizationError
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
@@ -56,7 +56,8 @@ def calibrate_activations(
         mount: puts the network where images reach it; a part of a larger network is mounted in that.
 
     Raises:
-        QuantizationError: there are no images, or an activation is not finite.
+        QuantizationError: there are no images.
+        DataError: an activation is not finite.
     """
     observers = {
         name: make_observer(recipe, quantizer.plan.grid)
@@ -89,9 +90,13 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, observers: dict[str, ActivationObserver]) -> None:
         super().__init__(network)
         self.observers = observers
+        self.extra_traceback = False  # an error stays one line
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.observers:
-            self.observers[n.name].update(value)
+            try:
+                self.observers[n.name].update(value)
+            except DataError as error:
+                raise DataError(f"activations of {n.name}", error.problem, error.mend) from None
         return value

@@ -63,6 +63,8 @@ def make_observer(recipe: ActivationRecipe, grid: Grid, symmetric: bool | None =
 
     "minmax": smallest and largest value. "moving-average": means of the batches' minima and maxima. "percentile",
     "mse", "kl": searches on a histogram of all values. "mse-batch": QDrop's MSEObserver, see `BatchMSEObserver`.
+    A symmetric quantizer decides its sign from the data: the searches score values without a negative one on the whole
+    grid, as `quantizers.activation_affine` uses it.
     """
     name, symmetric = recipe.observer, recipe.symmetric if symmetric is None else symmetric
     if name == "minmax":
@@ -75,7 +77,7 @@ def make_observer(recipe: ActivationRecipe, grid: Grid, symmetric: bool | None =
         return HistogramObserver(partial(percentile_range_of, percent=recipe.percentile))
     if name == "kl":
         return HistogramObserver(partial(kl_range_of, grid=grid))
-    return HistogramObserver(partial(mse_range_of, grid=grid, symmetric=symmetric))
+    return HistogramObserver(partial(_mse_range_of, grid=grid, symmetric=symmetric))
 
 
 def weight_range(
@@ -102,6 +104,11 @@ def weight_range(
     if recipe.observer == "percentile":
         return percentile_range(w, granularity, percent)
     return mse_range(w, grid, recipe.symmetric if symmetric is None else symmetric, granularity)
+
+
+def _mse_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """What is scored is what will be used: without negative values the whole grid serves [0, high]."""
+    return mse_range_of(histogram, grid, symmetric and histogram.minimum < 0)
 
 
 class MinMaxObserver(ActivationObserver):
@@ -185,7 +192,7 @@ class BatchMSEObserver(ActivationObserver):
         if not x.numel():
             return
         self.side = self.side or side_of(*finite_extremes(x))
-        low, high = mse_range(x, self.grid, self.symmetric, PerTensor(), side=self.side)
+        low, high = mse_range(x, self.grid, self.symmetric and self.side != "pos", PerTensor(), side=self.side)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
     def merge(self, other: ActivationObserver) -> None:

@@ -59,7 +59,7 @@ class QuantPlan:
     boundary: str
 
     def with_bits(self, name: str, bits: int) -> QuantPlan:
-        """A copy in which one weight or activation has other bits.
+        """A copy in which one weight or activation has other bits; 8-bit weights are symmetric where they must be.
 
         Raises:
             QuantizationError: there is no quantizer of that name.
@@ -68,10 +68,13 @@ class QuantPlan:
             known = [*self.weights, *self.activations]
             raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
 
-        def edited(table: Mapping[str, TensorPlan]) -> Mapping[str, TensorPlan]:
-            return {n: replace(p, grid=replace(p.grid, bits=bits)) if n == name else p for n, p in table.items()}
-
-        return replace(self, weights=edited(self.weights), activations=edited(self.activations))
+        if name in self.activations:
+            plan = self.activations[name]
+            return replace(self, activations={**self.activations, name: replace(plan, grid=Grid(bits))})
+        plan = self.weights[name]
+        symmetric = plan.symmetric or _only_symmetric(self.placement, bits)
+        plan = replace(plan, grid=Grid(bits, signed=symmetric), symmetric=symmetric)
+        return replace(self, weights={**self.weights, name: plan})
 
 
 def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
@@ -245,9 +248,14 @@ def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     op = op_of(node)
     assert op is not None
     bits = max(recipe.weights.bits, recipe.boundary_bits) if role == "boundary" else recipe.weights.bits
-    symmetric = recipe.weights.symmetric or (recipe.placement == "integer" and bits == 8)
+    symmetric = recipe.weights.symmetric or _only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
     return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role)
+
+
+def _only_symmetric(placement: str, bits: int) -> bool:
+    """Integer kernels take 8-bit weights without zero points only."""
+    return placement == "integer" and bits == 8
 
 
 def _activation_plan(recipe: QuantRecipe, role: str) -> TensorPlan:

@@ -67,6 +67,16 @@ class ActivationQuantizer(nn.Module):
         """Take the scale and zero point of a clipping range, float, shape ()."""
         self.scale, self.zero_point = activation_affine(low, high, self.plan)
 
+    def get(self) -> tuple[Tensor, Tensor]:
+        """The stored scale and zero point.
+
+        Raises:
+            QuantizationError: not calibrated yet.
+        """
+        if self.scale is None:
+            raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
+        return self.scale, self.zero_point
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, float32, the same shape; `x` itself when disabled.
 
@@ -75,12 +85,7 @@ class ActivationQuantizer(nn.Module):
         """
         if not self.enabled:
             return x
-        if self.dynamic:
-            scale, zero_point = activation_affine(*torch.aminmax(x), self.plan)
-        elif self.scale is None:
-            raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
-        else:
-            scale, zero_point = self.scale, self.zero_point
+        scale, zero_point = activation_affine(*torch.aminmax(x), self.plan) if self.dynamic else self.get()
         return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
 
 

@@ -10,6 +10,7 @@ import torch
 from calibquant.data import batches, open_images
 from calibquant.pipeline import Reporter, Run, quantize
 from calibquant.recipe import Recipe, make_recipe
+from calibquant.runfolder import make_folder
 from calibquant.training import fit
 from calibquant.zoo import build, save_weights
 
@@ -36,6 +37,7 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
     Returns:
         `path`, a safetensors file.
     """
+    make_folder(path.parent)
     recipe = make_recipe(FIELDS)
     images = open_images(recipe.data, "calibration")
     batch = next(batches(images, len(images)))
@@ -44,7 +46,6 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
     torch.manual_seed(seed)
     network = build("digits_resnet")
     fit(network, batch.images, batch.labels, EPOCHS, seed, progress=reporter.progress if reporter else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_weights(network, path)
     return path
 

@@ -117,9 +117,10 @@ def _damaged(path: Path) -> ModelError:
 def _refusal(path: Path, reason: str) -> ModelError:
     """Why torch's restricted reader did not accept a pickle."""
     named = re.search(r"GLOBAL ([\w.]+)", reason)
-    if named is None:
-        with path.open("rb") as file:
-            is_pickle = file.read(1) == pickle.PROTO
+    with path.open("rb") as file:
+        start = file.read(2)
+    is_pickle = start[:1] == pickle.PROTO
+    if named is None or not (is_pickle or start == b"PK"):  # else some text that happens to read as a pickle
         return ModelError(path, "is a plain pickle, which can run code", _SAVE_STATE) if is_pickle else _damaged(path)
     needed = [named[1]]
     with suppress(ValueError, RuntimeError):  # torch lists them for its zip format only

@@ -202,10 +202,6 @@ def test_a_folder_in_place_of_a_file_is_unreadable(tmp_path: Path) -> None:
         ),
         ({"mean": (0.5,), "std": (1.0, 1.0, 1.0)}, 1, "data.preprocess.std: has length 3"),
         ({"mean": (0.5,)}, 3, r"data.preprocess.mean: has length 1 .* 3 channels; .*\[0.5, 0.5, 0.5\]"),
-        ({"std": (1.0, 0.0, 1.0)}, 3, "data.preprocess.std: holds a number out of range"),
-        ({"mean": (float("nan"), 0.0, 0.0)}, 3, "data.preprocess.mean: holds a number out of range"),
-        ({"resize": 0}, 3, "data.preprocess.resize: 0 is not a size"),
-        ({"crop": (4, -1)}, 3, "data.preprocess.crop: .* is not a size"),
     ],
 )
 def test_settings_that_do_not_fit_name_their_field(fields: dict[str, object], channels: int, message: str) -> None:

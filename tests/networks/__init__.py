@@ -14,6 +14,7 @@ affine parameters, so that folding one wrongly shows in the output.
 - `constructs`, `sharing`: construct networks
 - `refused`: what must be refused
 - `dispatch`: an independent count of compute operations, below every tracer
+- `graphs`: the captured networks, made once
 
 tests/ is on the import path of every test: `from networks import NETWORKS`.
 """
@@ -22,5 +23,9 @@ tests/ is on the import path of every test: `from networks import NETWORKS`.
 from . import branching, constructs, inception, mobile, mobile_cat, plain, refused, resnets, sharing  # noqa: F401
 from .case import NETWORKS, UNTRACEABLE, NetworkCase
 from .dispatch import count_compute
+from .graphs import calls, captured, difference, folded, network_of, quantized
 
-__all__ = ["NETWORKS", "UNTRACEABLE", "NetworkCase", "count_compute"]
+__all__ = [
+    "NETWORKS", "UNTRACEABLE", "NetworkCase", "calls", "captured", "count_compute", "difference", "folded",
+    "network_of", "quantized",
+]  # fmt: skip

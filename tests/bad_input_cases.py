@@ -1,0 +1,288 @@
+"""The table of bad inputs: what is wrong, the command, and what its one line must say (a regular expression)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bad_site import Mine, Site, flip, mine
+from torch import nn
+
+from calibquant import zoo
+
+D, F = "quantize digits.yaml", "quantize folder.yaml"
+SAVE_STATE = r"; save network\.state_dict\(\)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input; `error` must be found in the error's line, from the file or field to the mend."""
+
+    name: str
+    command: str
+    error: str
+    arrange: Callable[[Site], Any] = lambda site: None
+
+
+WEIGHTS = [
+    Case("missing", f"{D} model.weights=w.pth", "w.pth: there is no such file; give the path"),
+    Case("truncated pth", f"{D} model.weights=w.pth", "w.pth: .* truncated or damaged; download or save it again",
+         lambda s: (s.pth(lambda w: None), s.cut("w.pth", 0.6))),
+    Case("truncated safetensors", f"{D} model.weights=w.safetensors", "w.safetensors: .* truncated .*; download",
+         lambda s: (s.safetensors(), s.cut("w.safetensors", 0.6))),
+    Case("empty file", f"{D} model.weights=w.pth", "w.pth: .* truncated or damaged; download",
+         lambda s: s.write("w.pth", b"")),
+    Case("pickle that runs code", f"{D} model.weights=w.pth", r"w.pth: is a pickle that would run code .*mkdir" +
+         ".*not loaded" + SAVE_STATE, lambda s: s.pth(lambda w: {"state_dict": Mine()})),
+    Case("whole network", f"{D} model.weights=w.pth", "w.pth: is a whole pickled network, .*" + SAVE_STATE,
+         lambda s: s.pth(lambda w: zoo.build("digits_resnet"))),
+    Case("wrong key", f"{D} model.weights=w.pth", r"1 missing \(fc.bias\), 1 unexpected \(fc.bais\); "
+         r".*did you mean 'fc.bias'\?", lambda s: s.pth(lambda w: w.update({"fc.bais": w.pop("fc.bias")}))),
+    Case("wrong shape", f"{D} model.weights=w.pth", r"w.pth, tensor 'fc.bias': has shape \(7,\).*\(10,\); check",
+         lambda s: s.pth(lambda w: w.update({"fc.bias": torch.zeros(7)}))),
+    Case("NaN", f"{D} model.weights=w.pth", "tensor 'conv1.weight': holds NaN or infinite values; give",
+         lambda s: s.pth(lambda w: w.update({"conv1.weight": w["conv1.weight"] * float("nan")}))),
+    Case("Inf", f"{D} model.weights=w.pth", "tensor 'fc.weight': holds NaN or infinite values; give",
+         lambda s: s.pth(lambda w: w.update({"fc.weight": w["fc.weight"] / 0}))),
+    Case("list of tensors", f"{D} model.weights=w.pth", "w.pth: holds a list, not a state_dict" + SAVE_STATE,
+         lambda s: s.pth(lambda w: list(w.values()))),
+    Case("text file", f"{D} model.weights=w.txt", "w.txt: is not a file of weights",
+         lambda s: s.write("w.txt", "conv1.weight 0.5\n")),
+    Case("wrong extension", f"{D} model.weights=w.safetensors", "w.safetensors: is not a file of weights",
+         lambda s: (s.pth(lambda w: None), (s.root / "w.pth").rename(s.root / "w.safetensors"))),
+]  # fmt: skip
+
+IMAGES = [
+    Case("empty set", F, "images/train: holds no images; put files there that end in .bmp",
+         lambda s: [p.unlink() for p in (s.root / "images/train").rglob("*.png")]),
+    Case("one image", F, "calibration.count: the calibration set is a single image; give at least 2",
+         lambda s: [p.unlink() for p in sorted((s.root / "images/train").rglob("*.png"))[1:]]),
+    Case("one image asked for", f"{D} calibration.count=1", "calibration.count: .* single image; give at least 2"),
+    Case("more images than there are", f"{F} calibration.count=5",
+         "calibration.count: 5 images are asked for but the set has 4; use a count of at most 4"),
+    Case("corrupt", F, "train/dog/1.png: is a truncated or corrupt image; replace .*on_error",
+         lambda s: s.write("images/train/dog/1.png", b"no image at all")),
+    Case("truncated", F, "train/cat/0.png: is a truncated or corrupt image; replace .*on_error",
+         lambda s: s.cut("images/train/cat/0.png", 0.5)),
+    Case("zero bytes", F, "train/cat/0.png: is empty; replace", lambda s: s.write("images/train/cat/0.png", b"")),
+    Case("all unreadable, skipped", f"{F} data.on_error=skip", "this image and all others are unreadable; correct",
+         lambda s: [p.write_bytes(b"") for p in (s.root / "images/train").rglob("*.png")]),
+    Case("all but one unreadable, skipped", f"{F} data.on_error=skip", "the calibration set is a single image; give",
+         lambda s: [p.write_bytes(b"") for p in sorted((s.root / "images/train").rglob("*.png"))[1:]]),
+    Case("corrupt in evaluation", F, "val/dog/0.png: is a truncated or corrupt image; replace",
+         lambda s: s.write("images/val/dog/0.png", b"\x89PNG")),
+    *(
+        Case(f"{mode} under strict", f"{F} data.preprocess.color=strict",
+             rf"train/x\.{end}: is not a 3-channel RGB image \(PIL mode {mode}\); convert the file to RGB, or set",
+             lambda s, mode=mode, end=end: (  # type: ignore[misc]
+                 [p.unlink() for p in (s.root / "images/train").rglob("*.png")],
+                 s.image(f"images/train/x.{end}", mode), s.image("images/train/y.png"), s.write("folder.yaml",
+                 (s.root / "folder.yaml").read_text().replace("count: 4", "count: 2"))))
+        for mode, end in (("CMYK", "jpg"), ("L", "png"), ("P", "png"))
+    ),
+    Case("16-bit grey", F, r"dog/1.png: has more than 8 bits a channel \(PIL mode I;16\); convert it to 8 bits",
+         lambda s: s.image("images/train/dog/1.png", "I;16")),
+    Case("smaller than the crop", f"{F} data.preprocess.crop=14",
+         r"\w+.png: the crop of 14 x 14 is larger than the image of 12 x 16; set data.preprocess.resize"),
+    Case("sizes differ", F, r" but .* of the same batch is (9|12) x 16; set data.preprocess.resize",
+         lambda s: s.image("images/train/dog/1.png", height=9)),
+    Case("images beside folders", F, r"images/train: holds images \(x.png\) beside class folders \(cat\); move",
+         lambda s: s.image("images/train/x.png")),
+    Case("labels out of range", f"{F} model.options.num_classes=1",
+         r"val/dog/0.png: label 1 is outside 0\.\.0; correct the label, or use a network"),
+    Case("no root", f"{F} data.root=null", "data.root: is not given, but folder needs it; set it"),
+    Case("missing root", f"{F} data.root=nowhere", "data.root, nowhere: there is no such folder; set it"),
+    Case("missing split", f"{F} data.evaluation=test", "images/test: .*; name one of the folders there: train, val"),
+    Case("unknown split", f"{D} data.calibration=trian", "data.calibration: .*'trian'; did you mean 'train'"),
+    Case("grey images, colour recipe", f"{D} data.preprocess.mean=[0.5,0.5,0.5]",
+         r"data.preprocess.mean: has length 3 .*; give one value .* mean: \[0.5\]"),
+    Case("colour images, short std", f"{F} data.preprocess.std=[1,1]", "data.preprocess.std: has length 2 .*; give"),
+    Case("wrong image size", f"{F} model.name=digits_resnet model.options={{}}", "expected input.*to have 1 channels"),
+]  # fmt: skip
+
+CSV = f"{F} data.kind=csv data.calibration=list.csv data.evaluation=list.csv calibration.count=2"
+
+
+def rows(*lines: str) -> Callable[[Site], Path]:
+    """images/list.csv with these lines."""
+    return lambda s: s.write("images/list.csv", "\n".join(lines) + "\n")
+
+
+LISTS = [
+    Case("CSV without a header", CSV, "list.csv: holds no rows under a header .*; write file,label as the first line",
+         rows("val/cat/0.png,0", "val/cat/1.png,0")),
+    Case("CSV of no rows", CSV, "list.csv: holds no rows", rows("file,label")),
+    Case("CSV that is missing", CSV, r"list.csv: cannot be read \(No such file .*\); give the path of a CSV file"),
+    Case("CSV not named", f"{F} data.kind=csv", "data.calibration: names no file; set it to a CSV file"),
+    Case("CSV naming a missing file", CSV, "val/cow.png: there is no such file; correct the path",
+         rows("file,label", "val/cow.png,0", "val/cat/1.png,0")),
+    Case("CSV with a word for a label", CSV, "list.csv, line 2: label 'cat' is not a class index; write a whole",
+         rows("file,label", "val/cat/0.png,cat")),
+    Case("CSV with a fraction for a label", CSV, "list.csv, line 3: label '0.5' is not a class index; write",
+         rows("file,label", "val/cat/0.png,0", "val/cat/1.png,0.5")),
+    Case("CSV with a label too large", CSV, r"val/cat/1.png: label 7 is outside 0\.\.1; correct the label",
+         rows("file,label", "val/cat/0.png,0", "val/cat/1.png,7")),
+    Case("CSV with a short row", CSV, "list.csv, line 2: has another number of fields .*; quote",
+         rows("file,label", "val/cat/0.png")),
+    Case("CSV in UTF-16", CSV, "list.csv: is not a CSV file in UTF-8; save",
+         lambda s: s.write("images/list.csv", "file,label\nä,1\n".encode("utf-16"))),
+]  # fmt: skip
+
+CIFAR = f"{F} data.kind=cifar10 model.options={{}}"
+
+CIFARS = [
+    Case("CIFAR without batches", CIFAR, "images: holds no CIFAR-10 files of the split train .*; set data.root"),
+    Case("CIFAR binary, truncated", CIFAR, "data_batch_1.bin: is truncated .*3073 bytes; download",
+         lambda s: s.cifar("data_batch_1.bin", bytes(3073 * 4 - 1))),
+    Case("CIFAR binary, empty", CIFAR, "data_batch_2.bin: is truncated .*; download",
+         lambda s: s.cifar("data_batch_2.bin", b"")),
+    Case("CIFAR binary, labels", CIFAR, r"data_batch_1.bin: label 11 of record 0 is outside 0\.\.9; .*download",
+         lambda s: s.cifar("data_batch_1.bin", b"\x0b" + bytes(3072))),
+    Case("CIFAR python, truncated", CIFAR, "data_batch_1: is truncated or not a CIFAR-10 batch; download",
+         lambda s: s.cifar("data_batch_1", mine()[:20])),
+    Case("CIFAR python, runs code", CIFAR, "data_batch_1: is not read because it asks to run .*mkdir.*; do not trust",
+         lambda s: s.cifar("data_batch_1", mine())),
+]  # fmt: skip
+
+
+def bits(field: str, value: str) -> Case:
+    """Bits that no grid has."""
+    shown = value if value.isdigit() else f"'{value}'"
+    error = f"digits.yaml, quant.{field}: input should be 2, 3, 4, 5, 6, 7, 8 or 16; got {shown}$"
+    return Case(f"{field}={value}", f"{D} quant.{field}={value}", error)
+
+
+def unknown(key: str, hint: str) -> Case:
+    """A key that no section has."""
+    return Case(f"unknown {key}", f"{D} {key}=1", rf"digits.yaml, {key}: this key is unknown; did you mean '{hint}'\?$")
+
+
+RECIPES = [
+    *(bits("weights.bits", value) for value in ("0", "1", "9", "17", "four")),
+    bits("activations.bits", "1"), bits("boundary_bits", "12"), bits("residual_bits", "eight"),
+    unknown("sed", "seed"), unknown("modle", "model"), unknown("model.weight", "weights"),
+    unknown("quant.weights.observr", "observer"), unknown("data.preprocess.stdd", "std"),
+    unknown("data.calibration_preprocess.croop", "crop"),
+    Case("word for a number", f"{D} calibration.count=many", "calibration.count: input should be .* integer.*'many'"),
+    Case("count 0", f"{D} calibration.count=0", "calibration.count: .* greater than or equal to 1; got 0"),
+    Case("negative seed", f"{D} seed=-1", "seed: input should be greater than or equal to 0; got -1"),
+    Case("number for a section", f"{D} quant=4", "digits.yaml, quant: holds 4 in place of fields; give"),
+    Case("empty section", f"{D} data=null", "digits.yaml, data: holds None in place of fields; give"),
+    Case("unknown observer", f"{D} quant.weights.observer=max", "weights.observer: input should be 'minmax', .*'max'"),
+    Case("unknown boundary", f"{D} quant.boundary=brq", "quant.boundary: input should be 'brecq', .*; got 'brq'"),
+    Case("unknown data kind", f"{D} data.kind=coco", "data.kind: input should be 'cifar10', .*; got 'coco'"),
+    Case("unknown preset", f"{D} preset=qdrop-refrence", "preset: .* is unknown; did you mean 'qdrop-reference'"),
+    Case("preset that is a list", f"{D} preset=[int8]", "preset: .*is unknown; did you mean 'int8'"),
+    Case("unknown network", f"{D} model.name=digit_resnet", "model.name: .* the zoo; did you mean 'digits_resnet'"),
+    Case("no network", f"{D} model.name=null", "recipe, model.name: this field is required; name a network"),
+    Case("unknown option", f"{D} model.options.classes=10", "model.options.classes: .*; did you mean 'num_classes'"),
+    Case("bad option", f"{D} model.options.num_classes=-1", "model.options.num_classes: -1 is not valid; use a whole"),
+    Case("no data", f"{D} data.kind=null", "recipe, data.kind: this field is required; use cifar10, digits"),
+    Case("unknown submodule", f"{D} model.submodule=layr1", "model.submodule: .*no part 'layr1'; .* mean 'layer1'"),
+    Case("unknown device", f"{D} device=gpu", "device: 'gpu' is unknown; use auto, cpu"),
+    Case("absent device", f"{D} device=cuda:99", "device: this machine has no 'cuda:99'; use device"),
+    Case("absent device, dry", f"{D} --dry-run device=cuda:99", "device: this machine has no 'cuda:99'; use device"),
+    Case("resize 0", f"{D} data.preprocess.resize=0", "data.preprocess.resize: .*greater than or equal to 1; got 0"),
+    Case("negative crop", f"{D} data.preprocess.crop=[8,-1]", "data.preprocess.crop.1: .*or equal to 1; got -1"),
+    Case("resize in words", f"{D} data.preprocess.resize=big", "data.preprocess.resize: input should be .*; got 'big'"),
+    Case("std 0", f"{D} data.preprocess.std=[0]", "data.preprocess.std.0: input should be greater than 0; got 0"),
+    Case("mean NaN", f"{D} data.preprocess.mean=[.nan]", "data.preprocess.mean.0: input should be a finite number"),
+    Case("override without value", f"{D} seed", "override 'seed': is not key=value; write for example"),
+    Case("override without key", f"{D} =3", "override '=3': is not key=value; write"),
+    Case("override of bad YAML", f"{D} data.preprocess.mean=[0.5", "override '.*': its value is not valid YAML; quote"),
+    Case("override of no date", f"{D} model.name=2024-13-45", "override '.*': its value is not valid YAML; quote"),
+    Case("recipe missing", "quantize nowhere.yaml", r"nowhere.yaml: cannot be read \(No such file .*\); give the path"),
+    Case("recipe is a folder", "quantize images", r"images: cannot be read \(Is a directory\); give the path"),
+    Case("recipe not YAML", "quantize r.yaml", "r.yaml, line 2: is not valid YAML; correct the indentation",
+         lambda s: s.write("r.yaml", "model: {name: a\ndata: b: c\n")),
+    Case("recipe with no date", "quantize r.yaml", "r.yaml: is not valid YAML; correct",
+         lambda s: s.write("r.yaml", "seed: 2024-13-45\n")),
+    Case("recipe is a list", "quantize r.yaml", "r.yaml: is not a recipe; it must hold fields",
+         lambda s: s.write("r.yaml", "- model\n- data\n")),
+    Case("recipe empty", "quantize r.yaml", "r.yaml: is not a recipe; it must hold", lambda s: s.write("r.yaml", "")),
+    Case("recipe not UTF-8", "quantize r.yaml", r"r.yaml: cannot be read \(it is not UTF-8 text\); give",
+         lambda s: s.write("r.yaml", "model: {name: é}\n".encode("latin1"))),
+    Case("recipe of version 2", f"{D} version=2", "digits.yaml, version: input should be 1; got 2"),
+]  # fmt: skip
+
+COMMANDS = [
+    Case("unknown command", "quantise digits.yaml", "No such command 'quantise'.*'quantize'.*see calibquant --help"),
+    Case("unknown option", f"{D} --fast", "No such option: --fast.*see calibquant --help"),
+    Case("no recipe", "quantize", "Missing argument 'recipe'; see calibquant --help"),
+    Case("option without value", "demo --seed", "Option '--seed' requires an argument; see"),
+    Case("demo where no folder can be", "demo --runs digits.yaml/x", r"cannot be written \(Not a directory\); free"),
+]  # fmt: skip
+
+
+def receipt(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change receipt.json."""
+
+    def apply(run: Path) -> None:
+        facts = json.loads((run / "receipt.json").read_text())
+        changed = change(facts)
+        (run / "receipt.json").write_text(json.dumps(facts if changed is None else changed))
+
+    return apply
+
+
+RESTORE = r"is damaged \(its hash is not the receipt's\); restore it or quantize again"
+RUNS = [
+    Case("no run yet", "evaluate", "runs: holds no run yet; run calibquant quantize"),
+    Case("missing run", "evaluate runs/none", "runs/none: there is no such run folder; list"),
+    Case("folder that is no run", "evaluate images", r"images: is no run folder \(receipt.json is missing\); name"),
+    Case("file that is in no run", "inspect digits.yaml", r"is no run folder \(receipt.json is missing\); name"),
+    Case("missing file to inspect", "inspect runs/none", "runs/none: there is no such run folder; list"),
+    Case("run of another version", "evaluate runs/done", "receipt.json: format version 99 is not 1; use the calibquant",
+         lambda s: s.run(receipt(lambda facts: facts.update(format_version=99)))),
+    Case("receipt without files", "evaluate runs/done", "receipt.json: format version None is not 1; use",
+         lambda s: s.run(receipt(lambda facts: facts.pop("files") and None))),
+    Case("receipt is a list", "inspect runs/done", "receipt.json: format version None is not 1; use",
+         lambda s: s.run(receipt(lambda facts: [1]))),
+    Case("receipt cut", "evaluate runs/done", r"receipt.json: is damaged \(no valid JSON\); quantize again",
+         lambda s: (s.run(), s.cut("runs/done/receipt.json", 0.5))),
+    *(
+        Case(f"damaged {name}", f"{command} runs/done", f"runs/done/{name}: {RESTORE}",
+             lambda s, name=name: s.run(lambda run: flip(run / name)))  # type: ignore[misc]
+        for name in ("model.safetensors", "graph.json", "recipe.yaml", "metrics.json")
+        for command in ("evaluate", "inspect")
+    ),
+    Case("missing model", "evaluate runs/done", r"model.safetensors: cannot be read \(No such file .*\); name",
+         lambda s: s.run(lambda run: (run / "model.safetensors").unlink())),
+    Case("images of a run are gone",
+         "evaluate runs/done data.kind=cifar10 data.root=gone data.preprocess.mean=[0,0,0] data.preprocess.std=[1,1,1]",
+         "data.root, gone: there is no such folder", lambda s: s.run()),
+]  # fmt: skip
+
+MACHINE = [
+    Case("runs below a file", f"{D} runs=digits.yaml/x", r"digits.yaml/x: cannot be written \(Not a .*\); free space"),
+    Case("runs is a file", f"{D} runs=digits.yaml", r"digits.yaml: cannot be written \(File exists\); free space"),
+    *(
+        Case(f"full disk at {target}", D, r"cannot be written \(No space left on device\); free space there, or choose",
+             lambda s, target=target: s.full_disk(target))  # type: ignore[misc]
+        for target in ("os.fsync", "pathlib.Path.replace", "pathlib.Path.mkdir", "calibquant.pipeline._LogFile.flush")
+    ),
+    *(
+        Case(f"Ctrl-C in {stage}", D, "interrupted; nothing was left behind",
+             lambda s, stage=stage: s.fail(f"calibquant.pipeline.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
+        for stage in ("prepare", "calibrate_weights", "calibrate_activations", "save_artifact")
+    ),
+    Case("bug", D, r"internal error \(ZeroDivisionError: oh no\); run again with --debug",
+         lambda s: s.fail("calibquant.pipeline.make_plan", ZeroDivisionError("oh\nno"))),
+    Case("network giving maps", D, r"network output: is float32 of shape \(16, 4, 14, 14\); it must return .*logits",
+         lambda s: s.network(nn.Sequential(nn.Conv2d(1, 4, 3)))),
+    Case("network giving vectors of one image", D, "network output: is .*; it must return",
+         lambda s: s.network(nn.Sequential(nn.Conv2d(1, 1, 16), nn.Flatten(0)))),
+]  # fmt: skip
+
+TABLE = {
+    f"{group}: {case.name}" + (" by inspect" if case.command.startswith("inspect") else ""): case
+    for group, cases in (
+        ("weights", WEIGHTS), ("images", IMAGES), ("lists", LISTS), ("cifar", CIFARS), ("recipe", RECIPES),
+        ("command", COMMANDS), ("runs", RUNS), ("machine", MACHINE),
+    )
+    for case in cases
+}  # fmt: skip
