@@ -87,6 +87,7 @@ class WeightRecipe(Section):
     symmetric: bool = False
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     observer: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
 
 
 class ActivationRecipe(Section):

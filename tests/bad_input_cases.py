@@ -263,18 +263,19 @@ MACHINE = [
     *(
         Case(f"full disk at {target}", D, r"cannot be written \(No space left on device\); free space there, or choose",
              lambda s, target=target: s.full_disk(target))  # type: ignore[misc]
-        for target in ("os.fsync", "pathlib.Path.replace", "pathlib.Path.mkdir", "calibquant.pipeline._LogFile.flush")
+        for target in ("os.fsync", "pathlib.Path.replace", "pathlib.Path.mkdir",
+                       "calibquant.pipeline.reporting._LogFile.flush")
     ),
     *(
         Case(f"Ctrl-C in {stage}", D, "interrupted; nothing was left behind",
-             lambda s, stage=stage: s.fail(f"calibquant.pipeline.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
+             lambda s, stage=stage: s.fail(f"calibquant.pipeline.quantizing.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
         for stage in ("prepare", "calibrate_weights", "calibrate_activations", "save_artifact")
     ),
     Case("bug", D, r"internal error \(ZeroDivisionError: oh no\); run again with --debug",
-         lambda s: s.fail("calibquant.pipeline.make_plan", ZeroDivisionError("oh\nno"))),
-    Case("network giving maps", D, r"network output: is float32 of shape \(16, 4, 14, 14\); it must return .*logits",
+         lambda s: s.fail("calibquant.pipeline.quantizing.make_plan", ZeroDivisionError("oh\nno"))),
+    Case("network giving maps", D, r"network output: is \(3, 4, 14, 14\), not \(N, classes\); give a network",
          lambda s: s.network(nn.Sequential(nn.Conv2d(1, 4, 3)))),
-    Case("network giving vectors of one image", D, "network output: is .*; it must return",
+    Case("network giving vectors of one image", D, "network output: is .*; give a network",
          lambda s: s.network(nn.Sequential(nn.Conv2d(1, 1, 16), nn.Flatten(0)))),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.quantize import show_result
+from calibquant.cli.tables import show_result
 
 SETTINGS = (8, 4, 2)
 

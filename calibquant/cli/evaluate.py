@@ -15,6 +15,7 @@ def evaluate(
         Path | None, typer.Argument(help="Run folder, or a recipe for its float network. Default: the newest run.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. data.root=…")] = None,
+    runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Measure a saved quantized network, or a recipe's float network, without quantizing again."""
@@ -25,7 +26,7 @@ def evaluate(
     if target is not None and "=" in str(target) and not target.exists():
         target, overrides = None, [str(target), *(overrides or [])]
     if target is None:
-        target = newest_run(Path("runs"))
+        target = newest_run(runs)
     with console.reporting(json) as reporter:
         if target.suffix in (".yaml", ".yml"):
             result = pipeline.evaluate_float(load_recipe(target, overrides), reporter)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.tables import show_coverage, show_result
+
+if TYPE_CHECKING:
+    from calibquant.pipeline import DryRun
 
 
 def quantize(
@@ -36,31 +40,9 @@ def quantize(
     console.out.print(f"Run folder: {run.folder}")
 
 
-def show_result(runs: list) -> None:  # type: ignore[type-arg]
-    """The closing table of one or more runs of one network."""
-    first = runs[0].metrics
-    rows = [
-        ["float", "32", console.kilobytes(first["size"]["float32"]), console.percent(first["float"]["top1"]), "–", "–"]
-    ]
-    for run in runs:
-        m = run.metrics
-        rows.append([
-            m["setting"], f"{m['size']['weight_bits']:.2f}", console.kilobytes(m["size"]["file"]),
-            console.percent(m["quantized"]["top1"]), console.percent(m["quantized"]["agreement"]),
-            console.interval(m["quantized"]["agreement_interval"]),
-        ])  # fmt: skip
-    title = (
-        f"{first['quantized']['count']} {first['evaluated_on']}, {first['calibration_images']} for calibration; "
-        f"placement {first['placement']}, boundary {first['boundary']}"
-    )
-    console.print_table(title, ["network", "weight bits", "size", "top-1 %", "agreement %", "95 % interval"], rows)
-
-
-def _show_plan(plan: object, json: bool) -> None:
+def _show_plan(plan: DryRun, json: bool) -> None:
     from calibquant.export.artifact import size_of
-    from calibquant.pipeline import DryRun, coverage_summary
 
-    assert isinstance(plan, DryRun)
     size = size_of(plan.model)
     if json:
         console.print_json({
@@ -72,27 +54,8 @@ def _show_plan(plan: object, json: bool) -> None:
         })  # fmt: skip
         return
     show_coverage(plan.model)
-    console.out.print(coverage_summary(plan.model))
     console.out.print(
         f"{console.kilobytes(size.float32)} as float32, {console.kilobytes(size.packed)} packed "
         f"({size.weight_bits:.2f} bits a weight); {plan.images} calibration images; "
         f"about {plan.seconds:.0f} s and {plan.peak_bytes / 1e9:.1f} GB beside torch itself"
     )
-
-
-def show_coverage(model: object) -> None:
-    """The table of compute nodes with their bits, or why they stay float."""
-    from calibquant.quantization import QuantModel
-
-    assert isinstance(model, QuantModel)
-    rows = [
-        [
-            row.node, row.op, _bits(row.weight_bits), " ".join(_bits(b) for b in row.input_bits), row.reason or "",
-        ]
-        for row in model.coverage()
-    ]  # fmt: skip
-    console.print_table("Coverage", ["node", "op", "weight bits", "input bits", "stays float because"], rows)
-
-
-def _bits(bits: int | None) -> str:
-    return "float" if bits is None else str(bits)

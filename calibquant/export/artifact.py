@@ -105,13 +105,12 @@ def save_artifact(model: QuantModel, folder: RunFolder) -> None:
         "boundary": plan.boundary,
         "nodes": to_json(model.teacher.graph),
         "weights": {n: {"shape": shapes[n], **p.to_json()} for n, p in plan.weights.items()},
-        "activations": {n: p.to_json() for n, p in plan.activations.items()},
+        "activations": [{"node": n, **p.to_json()} for n, p in plan.activations.items()],
         "dynamic": any(q.dynamic for q in model.activation_quantizers.values()),
     }
-    folder.write(
-        MODEL, save_safetensors(artifact_tensors(model), {"format": "calibquant", "version": str(FORMAT_VERSION)})
-    )
-    folder.write(GRAPH, json.dumps(description, separators=(",", ":")) + "\n")
+    # One key only: safetensors writes several in random order, and equal runs shall give equal bytes.
+    folder.write(MODEL, save_safetensors(artifact_tensors(model), {"calibquant": str(FORMAT_VERSION)}))
+    folder.write(GRAPH, json.dumps(description, separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def load(run: str | Path) -> QuantModel:
@@ -152,7 +151,7 @@ def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantMod
     rows = description["weights"]
     plan = QuantPlan(
         {name: TensorPlan.from_json(row) for name, row in rows.items()},
-        {name: TensorPlan.from_json(row) for name, row in description["activations"].items()},
+        {row["node"]: TensorPlan.from_json(row) for row in description["activations"]},
         description["placement"],
         description["boundary"],
     )

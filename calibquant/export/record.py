@@ -15,8 +15,8 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
     """One entry for each call of an op with a quantized weight, in execution order.
 
     Returns:
-        dictionaries with `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel), `input`
-        and `output` (bits, signed, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
+        dictionaries with `node`, `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel),
+        `input` and `output` (bits, signed, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
     """
     rows = []
     for node in model.teacher.graph.nodes:
@@ -26,6 +26,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
         quantizer = model.weight_quantizers[str(weight.target)]
         q = quantizer.get()
         rows.append({
+            "node": node.name,
             "layer": str(weight.target).removesuffix(".weight"),
             "op": op_of(node).name,  # type: ignore[union-attr]
             "weight": {
@@ -45,17 +46,22 @@ def record_text(model: QuantModel) -> str:
     """The record in AMCT's protobuf text form.
 
     AMCT's codes are signed: q = clamp(round(x / scale) + offset, -2^(b-1), 2^(b-1) - 1), so an unsigned grid's offset
-    is its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d.
+    is its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d. A record's key is the layer's
+    name, from its second call on the node's; dst_type is the container of its widest codes.
     """
     lines: list[str] = []
+    keys: set[str] = set()
     for row in record(model):
-        lines += ["record {", f'  key: "{row["layer"]}"', "  value {"]
+        key = row["node"] if row["layer"] in keys else row["layer"]
+        keys.add(key)
+        lines += ["record {", f'  key: "{key}"', "  value {"]
         data, weight = row["input"], row["weight"]
+        widest = max(weight["bits"], data["bits"] if data else 0)
         if data is not None:
             lines += [f"    scale_d: {data['scale']!r}", f"    offset_d: {_offset(data, data['zero_point'])}"]
         lines += [f"    scale_w: {s!r}" for s in weight["scale"]]
         lines += [f"    offset_w: {_offset(weight, z)}" for z in weight["zero_point"]]
-        lines += [f'    dst_type: "INT{weight["bits"]}"', "  }", "}"]
+        lines += [f'    dst_type: "INT{next(c for c in (4, 8, 16) if widest <= c)}"', "  }", "}"]
     return "\n".join(lines) + "\n"
 
 

@@ -26,11 +26,11 @@ def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule:
 
     Symbolic tracing is tried first; where the network's code needs concrete shapes, torch.export is. Either trace is
     lowered to the canonical ops of `graph.ops` and compared with the network on two batch sizes. The network is not
-    changed, and its parameters are copied.
+    changed; its parameters are copied, as float32 on the CPU.
 
     Args:
         network: any module that takes tensors whose first dimension is the batch and returns one tensor.
-        example: input(s) of shape (N, ...), N >= 1; values matter little, shapes and dtypes do.
+        example: input(s) of shape (N, ...), N >= 1, on the CPU; values matter little, shapes and dtypes do.
         submodule: dotted name of the part to capture instead; it receives what the network feeds it.
 
     Returns:
@@ -46,7 +46,7 @@ def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule:
     """
     inputs = example if isinstance(example, tuple) else (example,)
     batches = (tuple(_cycle(x, 2) for x in inputs), tuple(_cycle(x, 3) for x in inputs))
-    network = copy.deepcopy(network).eval()
+    network = copy.deepcopy(network).to("cpu", torch.float32).eval()
     if submodule is not None:
         part = find_submodule(network, submodule)
         batches = (_inputs_of(network, part, batches[0]), _inputs_of(network, part, batches[1]))
@@ -74,12 +74,12 @@ def find_submodule(network: nn.Module, name: str) -> nn.Module:
     """
     modules = dict(network.named_modules())
     if name not in modules or not name:
-        known = [n for n in modules if n and n.count(".") <= name.count(".")][:200]
+        known = [n for n in modules if n and n.count(".") <= name.count(".")]
         raise ModelError("model.submodule", f"the network has no part '{name}'", nearest(name, known))
     return modules[name]
 
 
-def compare(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     """Largest difference of two outputs relative to the largest value of the first (at least 1)."""
     if a.shape != b.shape:
         return float("inf")
@@ -93,7 +93,7 @@ def _checked(
     for batch in batches:
         with torch.no_grad():
             want, got = network(*(x.clone() for x in batch)), graph(*(x.clone() for x in batch))
-        error = compare(want, got)
+        error = relative_difference(want, got)
         if error > TOLERANCE:
             raise CaptureError(
                 type(network).__name__,
@@ -172,7 +172,8 @@ def _short(error: BaseException) -> str:
 
 
 def _cycle(x: Tensor, count: int) -> Tensor:
-    return x[torch.arange(count) % len(x)].clone()
+    rows = x[torch.arange(count) % len(x)].cpu().clone()
+    return rows.float() if rows.is_floating_point() else rows
 
 
 class _ReachedError(Exception):
@@ -184,7 +185,7 @@ def _inputs_of(network: nn.Module, part: nn.Module, inputs: tuple[Tensor, ...]) 
     seen: list[tuple[Any, ...]] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((*args, *kwargs.values()))
+        seen.append((*args, kwargs) if kwargs else args)
         raise _ReachedError
 
     handle = part.register_forward_pre_hook(keep, with_kwargs=True)
@@ -195,6 +196,9 @@ def _inputs_of(network: nn.Module, part: nn.Module, inputs: tuple[Tensor, ...]) 
         pass
     finally:
         handle.remove()
-    if not seen or not all(isinstance(v, Tensor) for v in seen[0]):
-        raise CaptureError("model.submodule", "the network does not feed it plain tensors", "name another part")
+    if not seen:
+        raise CaptureError("model.submodule", "the network never calls it", "name another part")
+    if not all(isinstance(v, Tensor) for v in seen[0]):
+        problem = "the network does not feed it tensors by position"
+        raise CaptureError("model.submodule", problem, "name another part, or change the call in the network")
     return tuple(v.clone() for v in seen[0])

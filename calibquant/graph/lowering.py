@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from calibquant.errors import CaptureError
 
@@ -195,7 +195,7 @@ class Lowering:
     def _name_constant(self, node: fx.Node, value: Tensor) -> None:
         if any(t is value for t in self.constants.values()):
             return
-        name = str(node.target) if node.op == "get_attr" else node.name
+        name = parameter_name(str(node.target)) if node.op == "get_attr" else node.name
         self.constants[name if name not in self.constants else f"{name}_{len(self.constants)}"] = value
 
     def _check_constant(self, node: fx.Node) -> None:
@@ -305,17 +305,23 @@ class BatchDependent:
 
 def build(tensors: dict[str, Tensor], graph: fx.Graph) -> fx.GraphModule:
     """A GraphModule in eval mode whose parameters are `tensors` (name -> tensor), without gradients."""
-    root = torch.nn.Module()
+    root = nn.Module()
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
         module = root
         for part in path:
             if not hasattr(module, part):
-                module.add_module(part, torch.nn.Module())
+                module.add_module(part, nn.Module())
             module = module.get_submodule(part)
         module.register_buffer(leaf, tensor)
     graph.lint()
     return fx.GraphModule(root, graph).eval()
+
+
+def parameter_name(path: str) -> str:
+    """A parameter's name in the graph: its path, parts that nn.Module uses itself (`half`, `type`) made different."""
+    taken = nn.Module()
+    return ".".join(f"{part}_" if hasattr(taken, part) else part for part in path.split("."))
 
 
 def source_line(stack_trace: str | None) -> str | None:
@@ -328,6 +334,7 @@ def source_line(stack_trace: str | None) -> str | None:
         if line.strip().startswith("File ") and "/torch/" not in line and "/calibquant/graph/" not in line:
             place = line.strip().removeprefix("File ").rpartition(", in ")[0].replace('"', "")
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            code = "" if code.startswith("File ") else code
             found = f"{place}: `{code}`" if code else place
     return found
 
@@ -344,7 +351,7 @@ def _target_name(node: fx.Node) -> str:
     return name if builtin else f"{module}.{name}"
 
 
-def _attribute(module: torch.nn.Module, path: str) -> Any:
+def _attribute(module: nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)

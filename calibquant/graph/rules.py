@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.graph import ops
-from calibquant.graph.lowering import BatchDependent, Lowering, UnsupportedError, rule
+from calibquant.graph.lowering import BatchDependent, Lowering, UnsupportedError, parameter_name, rule
 
 Value = Any  # a canonical fx.Node, a constant Tensor, or a plain Python value
 
@@ -389,7 +389,7 @@ def _batch_norm_module(e: Lowering, module: Any, x: Value) -> fx.Node:
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(module, name)
         if tensor is not None and not any(t is tensor for t in e.constants.values()):
-            e.constants[f"{e.current.target}.{name}"] = tensor  # type: ignore[union-attr]
+            e.constants[parameter_name(f"{e.current.target}.{name}")] = tensor  # type: ignore[union-attr]
     return e.emit(
         ops.batch_norm, x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
     )
@@ -478,12 +478,13 @@ def _hardtanh(
     max_val: float = 1.0,
     inplace: bool = False,
 ) -> fx.Node:
-    return e.emit(ops.clamp, input, low=min_val, high=max_val)
+    return _clamp(e, input, min_val, max_val)
 
 
 @rule("clamp", "clamp_", "clip", "clip_")
 def _clamp(e: Lowering, input: Value, min: Any = None, max: Any = None) -> fx.Node:
-    return e.emit(ops.clamp, input, low=min, high=max) if (min, max) != (0, None) else e.emit(ops.relu, input)
+    low, high = (None if limit is None or math.isinf(limit) else limit for limit in (min, max))
+    return e.emit(ops.relu, input) if (low, high) == (0, None) else e.emit(ops.clamp, input, low=low, high=high)
 
 
 @rule("clamp_min", "clamp_min_")

@@ -33,8 +33,7 @@ def calibrate_weights(
         weight, plan = tensors[name], quantizer.plan
         if not torch.isfinite(weight).all():
             raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
-        weight_recipe = recipe.weights.model_copy(update={"symmetric": plan.symmetric})
-        low, high = weight_range(weight, weight_recipe, plan.grid, plan.granularity)
+        low, high = weight_range(weight, recipe.weights, plan)
         scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
         quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
         if progress:
@@ -60,10 +59,12 @@ def calibrate_activations(
         DataError: an activation is not finite.
     """
     observers = {
-        name: make_observer(recipe, quantizer.plan.grid)
+        name: make_observer(recipe, quantizer.plan)
         for name, quantizer in model.activation_quantizers.items()
         if not quantizer.dynamic
     }
+    if not observers:
+        return  # every range is taken at run time
     observed, images = mount(_Observed(model.teacher, observers)), 0
     with torch.inference_mode():
         for batch in batches:

@@ -45,6 +45,7 @@ class QuantModel(nn.Module):
     With every quantizer disabled it computes exactly what the teacher computes.
 
     Example:
+        >>> import torch
         >>> from calibquant.graph import capture, fold_batch_norm
         >>> from calibquant.quantization import make_plan
         >>> from calibquant.recipe import QuantRecipe
@@ -104,6 +105,12 @@ class QuantModel(nn.Module):
             for node in self.teacher.graph.nodes
             if kind_of(node) in COMPUTE or weight_of(node) is not None
         ]
+
+    def summary(self) -> str:
+        """One line: how many compute nodes run on quantized inputs and weights."""
+        rows = self.coverage()
+        whole = sum(1 for row in rows if not row.reason)
+        return f"{whole} of {len(rows)} compute nodes quantized throughout, {len(self.weight_quantizers)} weights"
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

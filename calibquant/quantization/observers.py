@@ -26,12 +26,12 @@ from calibquant.numerics.clipping import (
     percentile_range_of,
     side_of,
 )
-from calibquant.numerics.grid import Granularity, Grid, PerTensor
+from calibquant.numerics.grid import Grid, PerTensor
 from calibquant.numerics.histogram import Histogram, finite_extremes
+from calibquant.quantization.plan import TensorPlan
 from calibquant.recipe import ActivationRecipe, WeightRecipe
 
 _Same = TypeVar("_Same", bound="ActivationObserver")
-_DEFAULT_PERCENT: float = ActivationRecipe.model_fields["percentile"].default
 
 
 class ActivationObserver(ABC):
@@ -58,15 +58,15 @@ class ActivationObserver(ABC):
         """
 
 
-def make_observer(recipe: ActivationRecipe, grid: Grid, symmetric: bool | None = None) -> ActivationObserver:
-    """The observer that `recipe.observer` names, for a quantizer on `grid`; `symmetric` None takes the recipe's.
+def make_observer(recipe: ActivationRecipe, plan: TensorPlan) -> ActivationObserver:
+    """The observer that `recipe.observer` names, for a quantizer as planned.
 
     "minmax": smallest and largest value. "moving-average": means of the batches' minima and maxima. "percentile",
     "mse", "kl": searches on a histogram of all values. "mse-batch": QDrop's MSEObserver, see `BatchMSEObserver`.
     A symmetric quantizer decides its sign from the data: the searches score values without a negative one on the whole
     grid, as `quantizers.activation_affine` uses it.
     """
-    name, symmetric = recipe.observer, recipe.symmetric if symmetric is None else symmetric
+    name, grid, symmetric = recipe.observer, plan.grid, plan.symmetric
     if name == "minmax":
         return MinMaxObserver()
     if name == "moving-average":
@@ -80,30 +80,22 @@ def make_observer(recipe: ActivationRecipe, grid: Grid, symmetric: bool | None =
     return HistogramObserver(partial(_mse_range_of, grid=grid, symmetric=symmetric))
 
 
-def weight_range(
-    w: Tensor,
-    recipe: WeightRecipe,
-    grid: Grid,
-    granularity: Granularity,
-    symmetric: bool | None = None,
-    *,
-    percent: float = _DEFAULT_PERCENT,
-) -> tuple[Tensor, Tensor]:
+def weight_range(w: Tensor, recipe: WeightRecipe, plan: TensorPlan) -> tuple[Tensor, Tensor]:
     """The clipping range of a weight by `recipe.observer`: low and high, float32, () or (C,).
 
     Args:
         w: float, any shape.
-        symmetric: whether the quantizer is; None takes the recipe's.
-        percent: of the values kept by the observer "percentile", two-sided.
+        recipe: the observer and its percentile.
+        plan: the quantizer's grid, symmetry and granularity.
 
     Raises:
         QuantizationError: `w` is empty or not finite.
     """
     if recipe.observer == "minmax":
-        return minmax_range(w, granularity)
+        return minmax_range(w, plan.granularity)
     if recipe.observer == "percentile":
-        return percentile_range(w, granularity, percent)
-    return mse_range(w, grid, recipe.symmetric if symmetric is None else symmetric, granularity)
+        return percentile_range(w, plan.granularity, recipe.percentile)
+    return mse_range(w, plan.grid, plan.symmetric, plan.granularity)
 
 
 def _mse_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import fx
 
 from calibquant.errors import QuantizationError, nearest
 from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
-from calibquant.recipe import QuantRecipe
+from calibquant.recipe import Bits, QuantRecipe
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class QuantPlan:
         """A copy in which one weight or activation has other bits; 8-bit weights are symmetric where they must be.
 
         Raises:
-            QuantizationError: there is no quantizer of that name.
+            QuantizationError: there is no quantizer of that name, or a grid of so many bits is not supported.
         """
+        if bits not in get_args(Bits):
+            raise QuantizationError(f"plan, {name}", f"{bits} bits are not supported", "use 2 to 8, or 16")
         if name not in self.weights and name not in self.activations:
             known = [*self.weights, *self.activations]
             raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))

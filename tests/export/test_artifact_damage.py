@@ -72,7 +72,7 @@ DAMAGES: dict[str, Callable[[RunFolder], None]] = {
     "an axis too far": _edit(lambda d: d["weights"]["conv1.weight"].update(axis=9)),
     "the wrong axis": _edit(lambda d: d["weights"]["conv1.weight"].update(axis=1)),
     "a weight that no node uses": _edit(lambda d: d["weights"].update(ghost=d["weights"]["conv1.weight"])),
-    "an activation that no node is": _edit(lambda d: d["activations"].update(ghost=d["activations"]["x"])),
+    "an activation that no node is": _edit(lambda d: d["activations"].append({**d["activations"][0], "node": "ghost"})),
     "activations is null": _edit(lambda d: d.update(activations=None)),
     "codes are missing": _tensors(lambda t: t.pop("conv1.weight.codes")),
     "codes are too short": _tensors(lambda t: t.update({"conv1.weight.codes": torch.zeros(3, dtype=torch.uint8)})),

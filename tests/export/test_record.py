@@ -76,11 +76,16 @@ def test_the_text_form_means_the_same_values(name: str, case: str) -> None:
     model = model_of(name, **CASES[case])
     records, rows = parse(record_text(model)), record(model)
     weights = dict(model.teacher.named_buffers())
-    assert [r["key"] for r in records] == [row["layer"] for row in rows]
+    keys = [r["key"] for r in records]
+    layers = [row["layer"] for row in rows]
+    expected = [row["node"] if row["layer"] in layers[:i] else row["layer"] for i, row in enumerate(rows)]
+    assert keys == expected
+    assert len(set(keys)) == len(keys)
     for entry, row in zip(records, rows, strict=True):
         quantizer = model.weight_quantizers[row["weight"]["parameter"]]
         bits = quantizer.plan.grid.bits
-        assert entry["dst_type"] == [f"INT{bits}"]
+        widest = max(bits, row["input"]["bits"] if row["input"] else 0)
+        assert entry["dst_type"] == ["INT4" if widest <= 4 else "INT8" if widest <= 8 else "INT16"]
         weight = weights[quantizer.name]
         assert len(entry["scale_w"]) == len(entry["offset_w"]) == quantizer.get().scale.numel()
         shape = (-1,) + (1,) * (weight.dim() - 1)

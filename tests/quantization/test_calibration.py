@@ -71,7 +71,7 @@ def test_ranges_are_those_of_the_original_networks_tensors(observer: Observer, a
         for batch in batches:
             net(batch)
     for name, quantizer in model.activation_quantizers.items():
-        by_hand = make_observer(recipe.activations, quantizer.plan.grid)
+        by_hand = make_observer(recipe.activations, quantizer.plan)
         for value in seen[name]:
             by_hand.update(value)
         low, high = (v.clamp(max=0) if i == 0 else v.clamp(min=0) for i, v in enumerate(by_hand.range()))
@@ -206,7 +206,7 @@ def test_sixteen_bits_are_nearly_float() -> None:
 def test_the_search_scores_one_sided_values_on_the_grid_they_get(observer: Observer, bits: int) -> None:
     """Without negative values the whole unsigned grid serves [0, high]; the symmetric formula would halve it."""
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1)).abs()
-    found = make_observer(ActivationRecipe(bits=bits, observer=observer, symmetric=True), Grid(bits))
+    found = make_observer(ActivationRecipe(observer=observer), TensorPlan(Grid(bits), symmetric=True))
     found.update(x)
     low, high = found.range()
     _, best = mse_range_exhaustive(x, Grid(bits), False, PerTensor())
@@ -226,8 +226,7 @@ def test_the_search_scores_one_sided_values_on_the_grid_they_get(observer: Obser
 @pytest.mark.parametrize("observer", ["mse", "mse-batch"])
 def test_two_sided_values_stay_symmetric(observer: Observer) -> None:
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1))
-    recipe = ActivationRecipe(bits=4, observer=observer, symmetric=True)
-    found = make_observer(recipe, Grid(4))
+    found = make_observer(ActivationRecipe(observer=observer), TensorPlan(Grid(4), symmetric=True))
     found.update(x)
     low, high = found.range()
     assert float(low) == -float(high) < 0

@@ -8,6 +8,7 @@ from torch import Tensor
 from calibquant.errors import DataError, QuantizationError
 from calibquant.numerics.clipping import mse_range_exhaustive
 from calibquant.numerics.grid import Grid, PerChannel, PerTensor
+from calibquant.quantization import TensorPlan
 from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, Observer, WeightRecipe
 
@@ -16,7 +17,7 @@ NAMES: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-b
 
 
 def observer(name: Observer, bits: int = 4) -> ActivationObserver:
-    return make_observer(ActivationRecipe(bits=bits, observer=name, percentile=99.0), Grid(bits))
+    return make_observer(ActivationRecipe(observer=name, percentile=99.0), TensorPlan(Grid(bits), symmetric=False))
 
 
 def batches(count: int = 4, size: int = 3000, seed: int = 0) -> list[Tensor]:
@@ -119,10 +120,10 @@ def test_batch_mse_decides_the_side_on_the_first_batch() -> None:
     assert low < 0
 
 
-def test_symmetry_comes_from_the_recipe_or_the_caller() -> None:
+def test_symmetry_comes_from_the_plan() -> None:
     x = torch.cat([torch.rand(5000), torch.tensor([-0.1])])
-    recipe = ActivationRecipe(bits=8, symmetric=True, observer="mse")
-    for o in (make_observer(recipe, Grid(8, signed=True)), make_observer(ActivationRecipe(), Grid(8), symmetric=True)):
+    for grid in (Grid(8, signed=True), Grid(8)):
+        o = make_observer(ActivationRecipe(observer="mse"), TensorPlan(grid, symmetric=True))
         o.update(x)
         low, high = o.range()
         assert float(low) == -float(high)
@@ -137,18 +138,14 @@ def test_kinds_do_not_mix() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weight_ranges(granularity: PerTensor | PerChannel, symmetric: bool) -> None:
     w, grid = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)), Grid(3, signed=symmetric)
-    axes = None if isinstance(granularity, PerTensor) else (1, 2, 3)
-    low, high = weight_range(w, WeightRecipe(observer="minmax"), grid, granularity)
+    axes, plan = None if isinstance(granularity, PerTensor) else (1, 2, 3), TensorPlan(grid, symmetric, granularity)
+    low, high = weight_range(w, WeightRecipe(observer="minmax"), plan)
     assert np.array_equal(low.numpy(), w.numpy().min(axes))
     assert np.array_equal(high.numpy(), w.numpy().max(axes))
-    low, high = weight_range(w, WeightRecipe(observer="percentile"), grid, granularity, percent=80.0)
+    low, high = weight_range(w, WeightRecipe(observer="percentile", percentile=80.0), plan)
     np.testing.assert_allclose(low.numpy(), np.quantile(w.numpy(), 0.1, axes), rtol=1e-5)
     np.testing.assert_allclose(high.numpy(), np.quantile(w.numpy(), 0.9, axes), rtol=1e-5)
-    recipe = WeightRecipe(bits=3, symmetric=symmetric, observer="mse")
     expected = mse_range_exhaustive(w, grid, symmetric, granularity)
-    for found in (
-        weight_range(w, recipe, grid, granularity),
-        weight_range(w, WeightRecipe(), grid, granularity, symmetric),
-    ):
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
+    found = weight_range(w, WeightRecipe(observer="mse"), plan)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

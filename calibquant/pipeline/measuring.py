@@ -1,0 +1,99 @@
+"""The same measurement for a float network, a fresh quantized one and a saved one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from calibquant.data import ImageSet
+from calibquant.errors import RunFolderError
+from calibquant.evaluation import Evaluation, evaluate
+from calibquant.export.artifact import load_artifact
+from calibquant.parallel import resolve_device, set_threads
+from calibquant.pipeline.preparing import build, mounted, open_set
+from calibquant.pipeline.reporting import Reporter, Silent, begin
+from calibquant.recipe import Recipe, make_recipe
+from calibquant.runfolder import RECEIPT, RunFolder, open_run, sha256
+
+
+def measure(
+    recipe: Recipe,
+    network: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    reporter: Reporter,
+    reference: Evaluation | None = None,
+) -> Evaluation:
+    """Run a network that takes images over a set as the recipe says; agreement is with `reference`."""
+    predictions = None if reference is None else reference.predictions
+    settings = recipe.evaluation
+    return evaluate(
+        network.to(device), images, settings.batch_size, settings.count, predictions, reporter.progress, device
+    )
+
+
+def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = None) -> dict[str, Any]:
+    """Measure a saved run again, from its files, on the images its recipe names.
+
+    Args:
+        path: run folder.
+        overrides: dotted recipe keys, e.g. another `data.root`.
+
+    Returns:
+        `run`, `setting` and the scores under `quantized`.
+
+    Raises:
+        CalibQuantError: the run or the images cannot be read.
+    """
+    reporter = reporter or Silent()
+    folder = open_run(path)
+    recipe = run_recipe(folder, overrides)
+    set_threads(recipe.threads)
+    device = resolve_device(recipe.device)
+    begin(reporter, 1, 2, f"Load {path}")
+    network: nn.Module = load_artifact(folder)
+    images = open_set(recipe, "evaluation")
+    if recipe.model.submodule is not None:
+        host = build(recipe)
+        _check_weights(folder, recipe)
+        network = mounted(host, recipe.model.submodule, network)
+    begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
+    result = measure(recipe, network, images, device, reporter)
+    return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+
+
+def _check_weights(folder: RunFolder, recipe: Recipe) -> None:
+    """Check that the network around a quantized part has the weights that the run was made with."""
+    made_with, path = folder.read_json(RECEIPT)["weights"], recipe.model.weights
+    found = None if path is None else sha256(path.read_bytes())
+    if found != (made_with and made_with["sha256"]):
+        problem = "is not the file that the run was made with (its hash is not the receipt's)"
+        raise RunFolderError(path or "model.weights", problem, "give that file with model.weights=…")
+
+
+def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Measure the recipe's float network.
+
+    Returns:
+        `model` and the scores under `float`.
+
+    Raises:
+        CalibQuantError: the network or the images cannot be opened.
+    """
+    reporter = reporter or Silent()
+    set_threads(recipe.threads)
+    device = resolve_device(recipe.device)
+    begin(reporter, 1, 2, "Open the network and the images")
+    network, images = build(recipe), open_set(recipe, "evaluation")
+    begin(reporter, 2, 2, "Evaluate the float network")
+    result = measure(recipe, network, images, device, reporter)
+    return {"model": recipe.model.name, "float": result.scores.to_dict()}
+
+
+def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a run folder, with overrides."""
+    return make_recipe(yaml.safe_load(folder.read("recipe.yaml")), overrides, str(folder.path / "recipe.yaml"))

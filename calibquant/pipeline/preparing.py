@@ -1,0 +1,147 @@
+"""Before quantization: the network, its captured graph and the images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from calibquant.data import (
+    ImageSet,
+    Manifest,
+    batches,
+    check_calibration_set,
+    draw,
+    make_manifest,
+    open_images,
+)
+from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
+from calibquant.graph import capture, fold_batch_norm
+from calibquant.graph.capture import TOLERANCE, relative_difference
+from calibquant.recipe import Recipe
+from calibquant.zoo import build_model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stands before quantization.
+
+    Args:
+        network: the user's network, a copy in float32, on the CPU and in eval mode.
+        teacher: its canonical graph (or that of the named part), BatchNorm folded.
+        submodule: name of the part, or None.
+        images: the calibration images.
+        manifest: which they are.
+        evaluation: the evaluation images; None to measure on the calibration images.
+    """
+
+    network: nn.Module
+    teacher: fx.GraphModule
+    submodule: str | None
+    images: ImageSet
+    manifest: Manifest
+    evaluation: ImageSet | None
+
+    def mount(self, part: nn.Module) -> nn.Module:
+        """A network that takes images: `part` itself, or the user's network with `part` in the named place."""
+        return part if self.submodule is None else mounted(copy.deepcopy(self.network), self.submodule, part)
+
+
+def mounted(host: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """`host` with `part` in place of its submodule, under every name that the submodule has."""
+    old = host.get_submodule(name)
+    for alias in [n for n, module in host.named_modules(remove_duplicate=False) if module is old]:
+        host.set_submodule(alias, part)
+    return host.eval()
+
+
+def prepare(
+    recipe: Recipe,
+    network: nn.Module | None = None,
+    calibration: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
+) -> Prepared:
+    """Open images and network, capture it, fold BatchNorm, and check that it still computes the same.
+
+    Args:
+        recipe: where network and images come from, and which images calibrate.
+        network, calibration, evaluation: live ones instead; see `quantize`.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images.
+    """
+    if network is None:
+        network = build(recipe)
+    else:
+        _check_finite(network)
+        network = copy.deepcopy(network).to("cpu", torch.float32).eval()
+    if calibration is None:
+        calibration = open_set(recipe, "calibration")
+        evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
+    check_calibration_set(min(recipe.calibration.count, len(calibration)))
+    indices = draw(len(calibration), recipe.calibration.count, recipe.calibration.order, recipe.seed)
+    if calibration.on_error == "skip":  # the manifest lists what calibrates, so unreadable images are found now
+        readable = batches(calibration, recipe.calibration.batch_size, indices)
+        indices = [i for batch in readable for i in batch.indices]
+        check_calibration_set(len(indices))
+    manifest = make_manifest(calibration, indices, recipe.calibration.order, recipe.seed)
+    chosen = calibration.subset(indices)
+    example = next(batches(chosen, 3, range(min(3, len(chosen))))).images
+    submodule = recipe.model.submodule
+    teacher = fold_batch_norm(capture(network, example, submodule))
+    prepared = Prepared(network, teacher, submodule, chosen, manifest, evaluation)
+    _check_teacher(prepared, example)
+    return prepared
+
+
+def _check_teacher(prepared: Prepared, example: Tensor) -> None:
+    """The folded graph computes what the network does, and that is logits."""
+    with torch.no_grad():
+        want, got = prepared.network(example), prepared.mount(prepared.teacher)(example)
+    if not isinstance(want, Tensor) or want.dim() != 2:
+        shape = tuple(want.shape) if isinstance(want, Tensor) else type(want).__name__
+        raise ModelError("network output", f"is {shape}, not (N, classes)", "give a network that returns class logits")
+    error = relative_difference(want, got)
+    if error > TOLERANCE:
+        mend = "report it with the network, or quantize a part of it with model.submodule"
+        raise CaptureError("BatchNorm folding", f"changes the network by {error:.1e}", mend)
+
+
+def _check_finite(network: nn.Module) -> None:
+    """Check a live network's parameters, as those of a file are when they are loaded; a buffer may hold infinity."""
+    for name, value in network.named_parameters():
+        if not torch.isfinite(value).all():
+            problem = "holds NaN or infinite values"
+            raise ModelError(f"network, parameter '{name}'", problem, "give a network whose training did not diverge")
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The recipe's network with its weights, in eval mode.
+
+    Raises:
+        RecipeError: the recipe names no network.
+        ModelError: it cannot be built or its weights do not fit.
+    """
+    if recipe.model.name is None:
+        raise RecipeError("recipe, model.name", "this field is required", "name a network of the zoo")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # what the weights file does not give is drawn the same way each time
+        return build_model(recipe.model)
+
+
+def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> ImageSet:
+    """The recipe's calibration or evaluation images.
+
+    Raises:
+        RecipeError: the recipe names no data.
+        DataError: they cannot be opened, or there are none.
+    """
+    if recipe.data.kind is None:
+        raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder or csv")
+    images = open_images(recipe.data, split)
+    if split == "evaluation" and len(images) == 0:
+        raise DataError("recipe, data.evaluation", "there are no images", "name a set that holds images")
+    return images
