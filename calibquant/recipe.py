@@ -111,6 +111,25 @@ class QuantRecipe(Section):
     residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
 
 
+class ReconstructRecipe(Section):
+    """How roundings and scales are learned, unit by unit; `method: none` keeps nearest rounding."""
+
+    method: Literal["none", "adaround", "qdrop"] = Field(
+        default="none",
+        description="adaround: roundings, by layers; qdrop: roundings and scales, by blocks, with drop",
+    )
+    iterations: int = Field(default=2000, ge=1, description="optimization steps a unit")
+    batch_size: int = Field(default=32, ge=1, description="images a step")
+    sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    rounding_lr: float = Field(default=1e-3, gt=0, description="Adam's learning rate of the rounding variables")
+    scale_lr: float = Field(default=4e-5, gt=0, description="of the activation scales; falls to 0 by a cosine")
+    regularizer: float = Field(default=0.01, ge=0, description="weight of the rounding regularizer, a sum over weights")
+    warm_up: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regularizer sets in")
+    beta: tuple[float, float] = Field(default=(20.0, 2.0), description="the regularizer's exponent, from and to")
+    drop: float = Field(default=0.5, ge=0, lt=1, description="qdrop: share of values left unquantized while learning")
+    never_worse: bool = Field(default=True, description="keep a unit's result only if it helps on images held out")
+
+
 class EvaluationRecipe(Section):
     """How the float and the quantized network are measured."""
 
@@ -127,6 +146,7 @@ class Recipe(Section):
     data: DataRecipe = DataRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     quant: QuantRecipe = QuantRecipe()
+    reconstruct: ReconstructRecipe = ReconstructRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     seed: int = Field(default=1005, ge=0)
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
@@ -144,7 +164,7 @@ class Recipe(Section):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # QDrop's released code, before reconstruction: algorithms as in docs/methods.md, "Reference presets".
+    # QDrop's released code, see docs/methods.md, "Reference presets"; reconstruct.method=qdrop adds its reconstruction.
     "qdrop-reference": {
         "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
         "quant": {
@@ -153,6 +173,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weights": {"symmetric": False, "granularity": "per_channel", "observer": "mse"},
             "activations": {"symmetric": False, "observer": "mse-batch"},
         },
+        "reconstruct": {"sampling": "with_replacement", "never_worse": False},
     },
     # What most 8-bit toolkits do: symmetric per-channel weights, min-max activations, everything integer.
     "int8": {

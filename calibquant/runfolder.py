@@ -20,7 +20,7 @@ from typing import Any
 from calibquant.errors import RunFolderError
 
 FORMAT_VERSION = 1
-RECEIPT = "receipt.json"
+RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,16 @@ class RunFolder:
         except ValueError:
             raise RunFolderError(self.path / name, "is damaged (no valid JSON)", "quantize again") from None
 
+    def remove(self, pattern: str) -> None:
+        """Delete the files that match a pattern, such as `checkpoint*`."""
+        for path in self.path.glob(pattern):
+            path.unlink(missing_ok=True)
+
     def seal(self, receipt: dict[str, Any]) -> None:
-        """Write the receipt: the given facts, the format version and the hash of every file in the folder."""
-        files = {
-            p.name: sha256(p.read_bytes()) for p in sorted(self.path.iterdir()) if p.name not in (RECEIPT, "log.txt")
-        }
+        """Write the receipt: the given facts, the format version and the hash of every lasting file in the folder."""
+        passing = (RECEIPT, "log.txt", ".", "checkpoint")
+        lasting = [p for p in sorted(self.path.iterdir()) if not p.name.startswith(passing)]
+        files = {p.name: sha256(p.read_bytes()) for p in lasting}
         self.write_json(RECEIPT, {"format_version": FORMAT_VERSION, **receipt, "files": files})
 
 
@@ -86,18 +91,48 @@ def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
         the folder under its temporary name. Use `final_path` for its final one.
 
     Raises:
-        RunFolderError: the folder cannot be created, or writing fails. Nothing is left behind.
+        RunFolderError: the folder cannot be created, writing fails, or the run was interrupted behind a checkpoint.
+            Without a checkpoint nothing is left behind; with one the folder stays hidden for `interrupted_run`.
     """
-    partial = None
+    make_folder(root)
     try:
-        make_folder(root)
         partial = _claim(root, stem)
+    except OSError as error:
+        raise disk_error(error, root) from error
+    with _finished(partial) as folder:
+        yield folder
+
+
+@contextmanager
+def interrupted_run(path: Path) -> Iterator[RunFolder]:
+    """Go on with a run that was interrupted, by the name it would have got; as `new_run`.
+
+    Raises:
+        RunFolderError: no interrupted run of that name has a checkpoint.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if not (partial / CHECKPOINT).is_file():
+        state = "is complete already" if (path / RECEIPT).is_file() else "is no interrupted run with a checkpoint"
+        raise RunFolderError(path, state, "name the run that an interrupted calibquant quantize told")
+    with _finished(partial) as folder:
+        folder.remove(".*.tmp")  # what a kill left of a file that was being written
+        yield folder
+
+
+@contextmanager
+def _finished(partial: Path) -> Iterator[RunFolder]:
+    try:
         yield RunFolder(partial)
         partial.replace(final_path(partial))
     except OSError as error:
-        raise disk_error(error, root) from error
+        raise disk_error(error, partial.parent) from error
+    except KeyboardInterrupt as error:
+        if not (partial / CHECKPOINT).exists():
+            raise
+        final = final_path(partial)
+        raise RunFolderError(final, "was interrupted", f"go on with calibquant quantize --resume {final}") from error
     finally:
-        if partial is not None and partial.exists():
+        if partial.exists() and not (partial / CHECKPOINT).exists():
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -212,7 +212,7 @@ RECIPES = [
 COMMANDS = [
     Case("unknown command", "quantise digits.yaml", "No such command 'quantise'.*'quantize'.*see calibquant --help"),
     Case("unknown option", f"{D} --fast", "No such option: --fast.*see calibquant --help"),
-    Case("no recipe", "quantize", "Missing argument 'recipe'; see calibquant --help"),
+    Case("no recipe", "quantize", "calibquant quantize: takes a recipe, or --resume RUN alone; give one of the two"),
     Case("option without value", "demo --seed", "Option '--seed' requires an argument; see"),
     Case("demo where no folder can be", "demo --runs digits.yaml/x", r"cannot be written \(Not a directory\); free"),
 ]  # fmt: skip
@@ -269,7 +269,7 @@ MACHINE = [
     *(
         Case(f"Ctrl-C in {stage}", D, "interrupted; nothing was left behind",
              lambda s, stage=stage: s.fail(f"calibquant.pipeline.quantizing.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
-        for stage in ("prepare", "calibrate_weights", "calibrate_activations", "save_artifact")
+        for stage in ("prepare", "calibrate_weights", "calibrate_activations", "write_run")
     ),
     Case("bug", D, r"internal error \(ZeroDivisionError: oh no\); run again with --debug",
          lambda s: s.fail("calibquant.pipeline.quantizing.make_plan", ZeroDivisionError("oh\nno"))),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_bytes, show_coverage, show_ranges
+from calibquant.cli.tables import show_bytes, show_coverage, show_ranges, show_units
 
 
 def inspect(
@@ -33,6 +33,8 @@ def inspect(
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
     show_coverage(model)
     show_ranges(model)
+    if metrics["units"]:
+        show_units(metrics["units"])
     show_bytes(size, metrics["size"]["file"])
     quantized = metrics["quantized"]
     console.out.print(

@@ -9,33 +9,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_coverage, show_result
+from calibquant.cli.tables import show_coverage, show_result, show_units
 
 if TYPE_CHECKING:
     from calibquant.pipeline import DryRun
 
 
 def quantize(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML).")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. quant.weights.bits=2 seed=7.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; calibrate and write nothing.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run; needs no recipe.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Quantize a network and leave a run folder with the packed network, its accuracy and its record."""
     from calibquant import pipeline
+    from calibquant.errors import RecipeError
     from calibquant.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    if dry_run:
-        _show_plan(pipeline.dry_run(loaded), json)
-        return
-    with console.reporting(json) as reporter:
-        run = pipeline.quantize(loaded, reporter=reporter)
+    if (recipe is None) == (resume is None) or (resume is not None and dry_run):
+        raise RecipeError("calibquant quantize", "takes a recipe, or --resume RUN alone", "give one of the two")
+    if resume is not None:
+        with console.reporting(json) as reporter:
+            run = pipeline.resume(resume, reporter=reporter)
+    else:
+        loaded = load_recipe(recipe, overrides)  # type: ignore[arg-type]
+        if dry_run:
+            _show_plan(pipeline.dry_run(loaded), json)
+            return
+        with console.reporting(json) as reporter:
+            run = pipeline.quantize(loaded, reporter=reporter)
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})
         return
+    if run.metrics["units"]:
+        show_units(run.metrics["units"])
     show_result([run])
     console.out.print(f"Run folder: {run.folder}")
 

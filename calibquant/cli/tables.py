@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibquant.cli import console
 
@@ -20,8 +20,9 @@ def show_result(runs: Sequence[Run]) -> None:
     rows = [["float", "32", size, top1, "–", "–"]]
     for run in runs:
         m = run.metrics
+        method = "" if m["reconstruction"] == "none" else f" {m['reconstruction']}"
         rows.append([
-            m["setting"], f"{m['size']['weight_bits']:.2f}", console.kilobytes(m["size"]["file"]),
+            m["setting"] + method, f"{m['size']['weight_bits']:.2f}", console.kilobytes(m["size"]["file"]),
             console.percent(m["quantized"]["top1"]), console.percent(m["quantized"]["agreement"]),
             console.interval(m["quantized"]["agreement_interval"]),
         ])  # fmt: skip
@@ -30,6 +31,19 @@ def show_result(runs: Sequence[Run]) -> None:
         f"placement {first['placement']}, boundary {first['boundary']}"
     )
     console.print_table(title, ["network", "weight bits", "size", "top-1 %", "agreement %", "95 % interval"], rows)
+
+
+def show_units(units: Sequence[dict[str, Any]]) -> None:
+    """What became of each reconstructed unit."""
+    rows = [
+        [
+            unit["unit"], f"{unit['loss_before']:.4g}", f"{unit['loss_after']:.4g}",
+            "kept" if unit["kept"] else "rolled back", f"{100 * unit['settled']:.0f}", f"{unit['seconds']:.1f}",
+        ]
+        for unit in units
+    ]  # fmt: skip
+    header = ["unit", "loss before", "loss after", "result", "roundings settled %", "seconds"]
+    console.print_table("Reconstructed units", header, rows)
 
 
 def show_coverage(model: QuantModel) -> None:

@@ -159,15 +159,26 @@ def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantMod
     names = [row["parameter"] for row in description["nodes"] if row["op"] == "get_attr"]
     tensors = {name: codes[name].dequantize() if name in codes else stored[name] for name in names}
     model = QuantModel(from_json(description["nodes"], tensors), plan, description["dynamic"])
-    for name, value in codes.items():
-        model.weight_quantizers[name].set(value)
     if len(model.quantizers) != len(plan.weights) + len(plan.activations):
         raise ValueError("it plans quantizers for nodes that are not there")
-    if plan.activations and not description["dynamic"]:
-        ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
-        for quantizer, (scale, zero_point) in zip(model.activation_quantizers.values(), ranges, strict=True):
-            quantizer.scale, quantizer.zero_point = scale.clone(), zero_point.clone()
+    restore(model, stored)
     return model
+
+
+def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
+    """Give a model's quantizers the codes, scales and zero points of `artifact_tensors`.
+
+    Raises:
+        KeyError, ValueError: the tensors are those of another network or plan.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameter_tensors(model.teacher).items()}
+    for name, quantizer in model.weight_quantizers.items():
+        quantizer.set(_read_weight(stored, name, shapes[name], quantizer.plan))
+    static = [q for q in model.activation_quantizers.values() if not q.dynamic]
+    if static:
+        ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
+        for activation, (scale, zero_point) in zip(static, ranges, strict=True):
+            activation.scale, activation.zero_point = scale.clone(), zero_point.clone()
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:

@@ -66,18 +66,18 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granulari
     Returns:
         integers of dtype `grid.dtype`, the shape of `x`.
     """
-    scale, zero_point = _aligned(scale, x, granularity), _aligned(zero_point, x, granularity)
+    scale, zero_point = aligned(scale, x, granularity), aligned(zero_point, x, granularity)
     return (torch.round(x / scale) + zero_point).clamp(grid.qmin, grid.qmax).to(grid.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> Tensor:
     """(codes - zero_point) * scale in float32, the shape of `codes`."""
-    return (codes.float() - _aligned(zero_point, codes, granularity)) * _aligned(scale, codes, granularity)
+    return (codes.float() - aligned(zero_point, codes, granularity)) * aligned(scale, codes, granularity)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granularity: Granularity) -> Tensor:
     """`dequantize(quantize(x))` without leaving float32; equal to it bit for bit."""
-    scale, zero_point = _aligned(scale, x, granularity), _aligned(zero_point, x, granularity)
+    scale, zero_point = aligned(scale, x, granularity), aligned(zero_point, x, granularity)
     codes = torch.round(x / scale).add_(zero_point).clamp_(grid.qmin, grid.qmax)
     return codes.sub_(zero_point).mul_(scale)
 
@@ -93,7 +93,7 @@ def quantize_tensor(
     return QTensor(quantize(x, scale, zero_point, grid, granularity), scale, zero_point, grid, granularity)
 
 
-def _aligned(parameter: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
+def aligned(parameter: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
     """A (C,) parameter shaped so that it broadcasts along its channel axis of `x`."""
     if isinstance(granularity, PerTensor):
         return parameter

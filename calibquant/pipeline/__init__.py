@@ -3,10 +3,10 @@
 from calibquant.pipeline.dry_run import DryRun, dry_run
 from calibquant.pipeline.measuring import evaluate_float, evaluate_run, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
-from calibquant.pipeline.quantizing import Run, quantize
+from calibquant.pipeline.quantizing import Run, quantize, resume
 from calibquant.pipeline.reporting import Reporter
 
 __all__ = [
     "DryRun", "Prepared", "Reporter", "Run", "dry_run", "evaluate_float", "evaluate_run", "prepare", "quantize",
-    "run_recipe",
+    "resume", "run_recipe",
 ]  # fmt: skip

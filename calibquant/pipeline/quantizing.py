@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from calibquant.data import ImageSet, batches, manifest_csv
-from calibquant.evaluation import Evaluation
-from calibquant.export.artifact import MODEL, save_artifact, size_of
-from calibquant.export.record import record, record_text
+from calibquant.errors import RecipeError
 from calibquant.parallel import resolve_device, set_threads
-from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.checkpoint import load_checkpoint, save_checkpoint
+from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log_to, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
-from calibquant.quantization.model import parameter_tensors
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import RunFolder, final_path, new_run, sha256
+from calibquant.reconstruction import UnitReport, reconstruct
+from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
 
 
 @dataclass(frozen=True)
@@ -87,44 +84,112 @@ def quantize(
         'W4A4'
     """
     recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
-    reporter = reporter or Silent()
+    with new_run(recipe.runs, _stem(recipe, network)) as folder:
+        folder.write("recipe.yaml", recipe.to_yaml())
+        return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent())
+
+
+def resume(
+    run: Path,
+    network: nn.Module | None = None,
+    calibration: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Go on with a run that was interrupted while it reconstructed; it ends as if it had not been.
+
+    Args:
+        run: the folder that the run would have left.
+        network, calibration, evaluation, reporter: as `quantize` got them.
+
+    Raises:
+        CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
+
+    Example:
+        >>> calibquant.pipeline.resume(Path("runs/cifar_resnet20-w2a2-001"))  # doctest: +SKIP
+    """
+    with interrupted_run(run) as folder:
+        return _run(folder, run_recipe(folder), (network, calibration, evaluation), reporter or Silent())
+
+
+def _run(
+    folder: RunFolder,
+    recipe: Recipe,
+    live: tuple[nn.Module | None, ImageSet | None, ImageSet | None],
+    reporter: Reporter,
+) -> Run:
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
-    with new_run(recipe.runs, _stem(recipe, network)) as folder, log_to(folder):
-        total = 6
+    learning = recipe.reconstruct.method != "none"
+    total = 6 + learning
+    with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
-            prepared = prepare(recipe, network, calibration, evaluation)
+            prepared = prepare(recipe, *live)
             model = QuantModel(
                 prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
             )
         note(reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
-        begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
-        with clock.stage("weights"):
-            calibrate_weights(model, recipe.quant, reporter.progress)
-        begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
-        with clock.stage("activations"):
-            calibrate_activations(
-                model,
-                recipe.quant.activations,
-                _range_batches(recipe, prepared.images, device, reporter),
-                lambda part: prepared.mount(part).to(device),
-            )
-        begin(reporter, 4, total, "Evaluate the float network")
+        reports = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
+        if reports is None:
+            begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
+            with clock.stage("weights"):
+                calibrate_weights(model, recipe.quant, reporter.progress)
+            begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
+            with clock.stage("activations"):
+                calibrate_activations(
+                    model,
+                    recipe.quant.activations,
+                    _range_batches(recipe, prepared.images, device, reporter),
+                    lambda part: prepared.mount(part).to(device),
+                )
+            reports = []
+        else:
+            note(reporter, f"going on after {len(reports)} reconstructed units")
+        if learning:
+            begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
+            with clock.stage("reconstruct"):
+                reports = _reconstruct(folder, recipe, prepared, model, reports, device, reporter)
+        begin(reporter, total - 2, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
             float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, 5, total, f"Evaluate the {recipe.setting} network")
+        begin(reporter, total - 1, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
         skipped = prepared.images.skipped | images.skipped
         if skipped:
             note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
-        begin(reporter, 6, total, "Write the run folder")
-        metrics = _metrics(recipe, prepared, model, float_result, quantized, clock)
-        _write(folder, recipe, prepared, model, metrics, {"threads": threads, "device": str(device)})
-        final = final_path(folder.path)
-    return Run(final, model, metrics)
+        begin(reporter, total, total, "Write the run folder")
+        metrics = run_metrics(recipe, prepared, model, float_result, quantized, reports, clock.seconds)
+        write_run(folder, recipe, prepared, model, metrics, {"threads": threads, "device": str(device)})
+        folder.remove("checkpoint*")
+    return Run(final_path(folder.path), model, metrics)
+
+
+def _reconstruct(
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    reports: list[UnitReport],
+    device: torch.device,
+    reporter: Reporter,
+) -> list[UnitReport]:
+    """Learn the units that have no report yet; a checkpoint after each."""
+    if prepared.submodule is not None:
+        raise RecipeError("recipe, reconstruct.method", "a part of a network cannot be reconstructed yet", "use none")
+    images = torch.cat([batch.images for batch in batches(prepared.images, recipe.calibration.batch_size)])
+    manifest, found = manifest_csv(prepared.manifest), list(reports)
+    learned = reconstruct(model, images, recipe.reconstruct, recipe.seed, device, reporter.progress, len(found))
+    for report in learned:
+        found.append(report)
+        save_checkpoint(folder, model, manifest, found)
+        result = "kept" if report.kept else "rolled back"
+        log.info("unit %s: loss %.5g -> %.5g, %s", report.unit, report.loss_before, report.loss_after, result)
+    rolled = sum(not report.kept for report in found)
+    note(reporter, f"{len(found)} units, {rolled} rolled back")
+    return found
 
 
 def _range_batches(recipe: Recipe, images: ImageSet, device: torch.device, reporter: Reporter) -> Iterator[Tensor]:
@@ -140,68 +205,3 @@ def _stem(recipe: Recipe, network: nn.Module | None) -> str:
     name = recipe.model.name if network is None or recipe.model.name else type(network).__name__.lower()
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or "network")
     return f"{safe}-{recipe.setting.lower()}"
-
-
-def _metrics(
-    recipe: Recipe,
-    prepared: Prepared,
-    model: QuantModel,
-    float_result: Evaluation,
-    quantized: Evaluation,
-    clock: _Clock,
-) -> dict[str, Any]:
-    return {
-        "setting": recipe.setting,
-        "placement": recipe.quant.placement,
-        "boundary": recipe.quant.boundary,
-        "calibration_images": len(prepared.manifest.rows),
-        "evaluated_on": "calibration images" if prepared.evaluation is None else "evaluation images",
-        "float": float_result.scores.to_dict(),
-        "quantized": quantized.scores.to_dict(),
-        "size": asdict(size_of(model)),
-        "coverage": [asdict(row) for row in model.coverage()],
-        "seconds": clock.seconds,
-    }
-
-
-def _write(
-    folder: RunFolder,
-    recipe: Recipe,
-    prepared: Prepared,
-    model: QuantModel,
-    metrics: dict[str, Any],
-    machine: dict[str, Any],
-) -> None:
-    manifest = manifest_csv(prepared.manifest)
-    folder.write("recipe.yaml", recipe.to_yaml())
-    folder.write("manifest.csv", manifest)
-    save_artifact(model, folder)
-    folder.write_json("record.json", record(model))
-    folder.write("record.txt", record_text(model))
-    metrics["size"]["file"] = (folder.path / MODEL).stat().st_size
-    folder.write_json("metrics.json", metrics)
-    weights = recipe.model.weights
-    folder.seal({
-        "network": _network_hash(model),
-        "weights": None if weights is None else {"path": str(weights), "sha256": sha256(weights.read_bytes())},
-        "images": {"count": len(prepared.manifest.rows), "sha256": sha256(manifest.encode())},
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in ("calibquant", "torch", "numpy")},
-        "machine": platform.machine(),
-        "seed": recipe.seed,
-        **machine,
-    })  # fmt: skip
-
-
-def _network_hash(model: QuantModel) -> str:
-    """SHA-256 over the names and values of the float network's parameters, BatchNorm folded."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parameter_tensors(model.teacher).items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

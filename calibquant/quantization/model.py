@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
 from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.subgraph import subgraph
 from calibquant.quantization.plan import QuantPlan
 from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -41,6 +42,7 @@ class QuantModel(nn.Module):
         teacher: the float network as a canonical graph, BatchNorm folded. It is never changed.
         plan: where quantizers stand.
         dynamic: activation ranges are taken from each batch at run time.
+        shared: take this model's quantizers instead of new ones; `part` does.
 
     With every quantizer disabled it computes exactly what the teacher computes.
 
@@ -56,11 +58,17 @@ class QuantModel(nn.Module):
         ['x', '_1']
     """
 
-    def __init__(self, teacher: fx.GraphModule, plan: QuantPlan, dynamic: bool = False) -> None:
+    def __init__(
+        self, teacher: fx.GraphModule, plan: QuantPlan, dynamic: bool = False, shared: QuantModel | None = None
+    ) -> None:
         super().__init__()
         self.teacher, self.plan = teacher, plan
-        self.weight_quantizers = {name: WeightQuantizer(name, p) for name, p in plan.weights.items()}
-        self.activation_quantizers = {n: ActivationQuantizer(n, p, dynamic) for n, p in plan.activations.items()}
+        if shared is None:
+            self.weight_quantizers = {name: WeightQuantizer(name, p) for name, p in plan.weights.items()}
+            self.activation_quantizers = {n: ActivationQuantizer(n, p, dynamic) for n, p in plan.activations.items()}
+        else:
+            self.weight_quantizers = {name: shared.weight_quantizers[name] for name in plan.weights}
+            self.activation_quantizers = {name: shared.activation_quantizers[name] for name in plan.activations}
         self.simulation = self._build()
         self.eval()
 
@@ -79,6 +87,23 @@ class QuantModel(nn.Module):
             if node.name in self.activation_quantizers:
                 order[f"activation {node.name}"] = self.activation_quantizers[node.name]
         return list(order.values())
+
+    def part(self, nodes: Collection[str], outputs: Sequence[str]) -> QuantModel:
+        """A piece of the network with the same quantizers; its inputs are taken as they come.
+
+        Args:
+            nodes: names of the ops that the piece computes.
+            outputs: names of what it returns; see `graph.subgraph`.
+        """
+        teacher = subgraph(self.teacher, nodes, outputs)
+        inside = {n.name for n in teacher.graph.nodes if n.op == "call_function"}
+        parameters = {str(n.target) for n in teacher.graph.nodes if n.op == "get_attr"}
+        plan = replace(
+            self.plan,
+            weights={name: p for name, p in self.plan.weights.items() if name in parameters},
+            activations={name: p for name, p in self.plan.activations.items() if name in inside},
+        )
+        return QuantModel(teacher, plan, shared=self)
 
     def enable(self, weights: bool = True, activations: bool = True) -> None:
         """Switch all quantizers of a kind on or off."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
+from calibquant.quantization.learning import SoftRounding, learned_fake_quantize
 from calibquant.quantization.plan import TensorPlan
 
 
@@ -21,6 +22,7 @@ class WeightQuantizer(nn.Module):
     def __init__(self, name: str, plan: TensorPlan) -> None:
         super().__init__()
         self.name, self.plan, self.enabled = name, plan, True
+        self.rounding: SoftRounding | None = None
         self.codes: Tensor | None
         self.scale: Tensor
         self.zero_point: Tensor
@@ -42,8 +44,23 @@ class WeightQuantizer(nn.Module):
         return QTensor(self.codes, self.scale, self.zero_point, self.plan.grid, self.plan.granularity)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled."""
-        return self.get().dequantize() if self.enabled else weight
+        """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled.
+
+        While its rounding is learned, the softly rounded weight.
+        """
+        if not self.enabled:
+            return weight
+        return self.get().dequantize() if self.rounding is None else self.rounding()
+
+    def start_learning(self, weight: Tensor) -> SoftRounding:
+        """From now on the rounding of `weight` is learned."""
+        self.rounding = SoftRounding(weight, self.get())
+        return self.rounding
+
+    def stop_learning(self) -> None:
+        """Take the learned roundings, each decided, as codes."""
+        if self.rounding is not None:
+            self.codes, self.rounding = self.rounding.hard_codes(), None
 
 
 class ActivationQuantizer(nn.Module):
@@ -58,6 +75,8 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, name: str, plan: TensorPlan, dynamic: bool = False) -> None:
         super().__init__()
         self.name, self.plan, self.dynamic, self.enabled = name, plan, dynamic, True
+        self.learned_scale: nn.Parameter | None = None
+        self.keep = 1.0  # share of the values that are quantized; less than 1 while reconstructing with drop
         self.scale: Tensor | None
         self.zero_point: Tensor
         for buffer in ("scale", "zero_point"):
@@ -85,8 +104,30 @@ class ActivationQuantizer(nn.Module):
         """
         if not self.enabled:
             return x
-        scale, zero_point = activation_affine(*torch.aminmax(x), self.plan) if self.dynamic else self.get()
-        return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
+        scale, zero_point = activation_affine(*torch.aminmax(x.detach()), self.plan) if self.dynamic else self.get()
+        if self.learned_scale is not None:
+            self.learned_scale.data.copy_(_positive(self.learned_scale.data))
+            scale = self.learned_scale
+        if x.requires_grad or scale.requires_grad:
+            quantized = learned_fake_quantize(x, scale, zero_point, self.plan.grid)
+        else:
+            quantized = fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
+        return quantized if self.keep >= 1 else torch.where(torch.rand_like(x) < self.keep, quantized, x)
+
+    def start_learning(self) -> nn.Parameter:
+        """From now on the scale is learned."""
+        self.learned_scale = nn.Parameter(self.get()[0].clone())
+        return self.learned_scale
+
+    def stop_learning(self) -> None:
+        """Take the learned scale."""
+        if self.learned_scale is not None:
+            self.scale, self.learned_scale = _positive(self.learned_scale.detach()), None
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """An optimizer may step over zero; the reference code reflects such a scale."""
+    return scale.abs().clamp(min=torch.finfo(torch.float32).eps)
 
 
 def activation_affine(low: Tensor, high: Tensor, plan: TensorPlan) -> tuple[Tensor, Tensor]:

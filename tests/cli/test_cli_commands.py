@@ -26,7 +26,7 @@ RECIPE: dict[str, Any] = {
 }
 METRICS = {
     "setting", "placement", "boundary", "calibration_images", "evaluated_on", "float", "quantized", "size", "coverage",
-    "seconds",
+    "seconds", "reconstruction", "units",
 }  # fmt: skip
 SCORES = {"count", "top1", "top1_interval", "top5", "loss", "macro", "agreement", "agreement_interval"}
 BYTE_IDENTICAL = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "recipe.yaml")
@@ -190,18 +190,22 @@ def test_a_quantized_part_is_not_put_into_another_network(command: Command, caps
     assert "weights.safetensors: is not the file that the run was made with" in capsys.readouterr().err
 
 
-def test_demo_trains_once_and_quantizes_to_8_4_and_2_bits(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_trains_once_and_quantizes_four_times(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(digits, "FIELDS", digits.FIELDS | {"calibration": {"count": 32}, "evaluation": {"count": 64}})
+    monkeypatch.setattr(digits, "SHORT", {"iterations": 3})
     results = json.loads(command("demo", "--runs", "demo runs", "--seed", "5", "--json"))
-    assert [result["setting"] for result in results] == ["W8A8", "W4A4", "W2A2"]
+    assert [(result["setting"], result["reconstruction"]) for result in results] == [
+        ("W8A8", "none"), ("W4A4", "none"), ("W2A2", "none"), ("W2A2", "qdrop"),
+    ]  # fmt: skip
     assert all(set(result) == {"run"} | METRICS for result in results)
     assert len({result["float"]["loss"] for result in results}) == 1
     assert {p.name for p in Path("demo runs").iterdir()} == {"demo-digits.safetensors"} | {
-        f"digits_resnet-w{bits}a{bits}-001" for bits in (8, 4, 2)
+        f"digits_resnet-{run}" for run in ("w8a8-001", "w4a4-001", "w2a2-001", "w2a2-002")
     }
     text = command("demo", "--runs", "demo runs", "--seed", "5")
-    assert [text.count(f"Run folder: demo runs/digits_resnet-w{bits}a{bits}-002") for bits in (8, 4, 2)] == [1, 1, 1]
+    for run in ("w8a8-002", "w4a4-002", "w2a2-003", "w2a2-004"):
+        assert text.count(f"Run folder: demo runs/digits_resnet-{run}") == 1
 
 
 def test_debug_shows_the_stack_trace_of_an_error(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,90 @@
+"""What a run writes into its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from calibquant.data import manifest_csv
+from calibquant.evaluation import Evaluation
+from calibquant.export.artifact import MODEL, save_artifact, size_of
+from calibquant.export.record import record, record_text
+from calibquant.pipeline.preparing import Prepared
+from calibquant.quantization import QuantModel
+from calibquant.quantization.model import parameter_tensors
+from calibquant.recipe import Recipe
+from calibquant.reconstruction import UnitReport
+from calibquant.runfolder import RunFolder, sha256
+
+
+def run_metrics(
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    float_result: Evaluation,
+    quantized: Evaluation,
+    reports: list[UnitReport],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of metrics.json, but for the size of the file."""
+    return {
+        "setting": recipe.setting,
+        "placement": recipe.quant.placement,
+        "boundary": recipe.quant.boundary,
+        "reconstruction": recipe.reconstruct.method,
+        "calibration_images": len(prepared.manifest.rows),
+        "evaluated_on": "calibration images" if prepared.evaluation is None else "evaluation images",
+        "float": float_result.scores.to_dict(),
+        "quantized": quantized.scores.to_dict(),
+        "size": asdict(size_of(model)),
+        "coverage": [asdict(row) for row in model.coverage()],
+        "units": [asdict(report) for report in reports],
+        "seconds": seconds,
+    }
+
+
+def write_run(
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    metrics: dict[str, Any],
+    machine: dict[str, Any],
+) -> None:
+    """Write every file of a run but log.txt, the receipt last."""
+    manifest = manifest_csv(prepared.manifest)
+    folder.write("recipe.yaml", recipe.to_yaml())
+    folder.write("manifest.csv", manifest)
+    save_artifact(model, folder)
+    folder.write_json("record.json", record(model))
+    folder.write("record.txt", record_text(model))
+    metrics["size"]["file"] = (folder.path / MODEL).stat().st_size
+    folder.write_json("metrics.json", metrics)
+    weights = recipe.model.weights
+    folder.seal({
+        "network": network_hash(model),
+        "weights": None if weights is None else {"path": str(weights), "sha256": sha256(weights.read_bytes())},
+        "images": {"count": len(prepared.manifest.rows), "sha256": sha256(manifest.encode())},
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in ("calibquant", "torch", "numpy")},
+        "machine": platform.machine(),
+        "seed": recipe.seed,
+        **machine,
+    })  # fmt: skip
+
+
+def network_hash(model: QuantModel) -> str:
+    """SHA-256 over the names and values of the float network's parameters, BatchNorm folded."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parameter_tensors(model.teacher).items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
