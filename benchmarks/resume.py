@@ -19,7 +19,7 @@ from pathlib import Path
 
 import common
 
-FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "recipe.yaml")
+FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv")
 QUANTIZE = """
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ if slow == "slow":  # stay long inside the writing of a checkpoint
     os.fsync = lambda file: (time.sleep(5), write(file))
 fields = FIELDS | {"runs": runs, "threads": 1, "model": {"name": "digits_resnet", "weights": weights},
     "quant": {"weights": {"bits": 2}, "activations": {"bits": 2}},
-    "reconstruct": {"method": "qdrop", "iterations": 100, "rounding_lr": 1e-2}}
+    "reconstruct": {"method": "qdrop", "iterations": 200, "rounding_lr": 1e-2}}
 pipeline.resume(Path(resume)) if resume != "-" else pipeline.quantize(fields)
 """
 
@@ -85,18 +85,16 @@ def main() -> None:
                 kills += 1
                 done = [p.name for p in runs.glob(".*.partial/checkpoint-*.safetensors")]
                 moments.append(f"{'writing a checkpoint' if slow else f'after {after:.1f} s'}: {done or 'none yet'}")
-            elif kills < given.kills:  # it finished between kills: begin anew
-                assert {n: h for n, h in hashes(name).items() if n != "recipe.yaml"} == {
-                    n: h for n, h in expected.items() if n != "recipe.yaml"
-                }
-                name.rename(runs / f"finished-{kills}-{time.monotonic_ns()}")
+            if name.exists():  # it finished before it could be killed: check it and begin anew
+                assert hashes(name) == expected
+                name.rename(root / f"finished-{time.monotonic_ns()}")
             for stale in runs.glob(".*.partial"):  # killed before its first checkpoint: nothing to go on with
                 if not (stale / "checkpoint.json").is_file():
                     for path in stale.iterdir():
                         path.unlink()
                     stale.rmdir()
         run(weights, runs, str(name) if list(runs.glob(".*.partial/checkpoint.json")) else "-", None)
-        same = {n: h == expected[n] for n, h in hashes(name).items() if n != "recipe.yaml"}
+        same = {file: value == expected[file] for file, value in hashes(name).items()}
         lines = [[str(i + 1), m] for i, m in enumerate(moments)]
         text = common.table(["kill", "moment: checkpoints there"], lines) + f"\nFiles equal at the end: {same}\n"
         facts = {"kills": kills, "moments": moments, "equal": same, "seconds_uninterrupted": round(seconds, 1)}
