@@ -146,6 +146,7 @@ def _run(
             reports = []
         else:
             note(reporter, f"going on after {len(reports)} reconstructed units")
+        model.to(device)  # ranges are found, and checkpoints read, on the CPU
         if learning:
             begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
             with clock.stage("reconstruct"):
