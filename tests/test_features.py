@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from networks import NETWORKS, folded, quantized
+from networks import NETWORKS, folded, quantized, values_of
 from torch import Tensor, fx, nn
 
 from calibquant.features import Features, Piece
@@ -40,27 +40,6 @@ def recipe(placement: Placement, bits: int = 4) -> QuantRecipe:
 
 def order(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if n.op != "get_attr"]
-
-
-class Recorder(fx.Interpreter):
-    """Keeps every node's value; a quantizer's output replaces the value of the node that it quantizes."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.seen[n.args[0].name if n.op == "call_module" else n.name] = value  # type: ignore[union-attr]
-        return value
-
-
-def values_of(module: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    recorder = Recorder(module)
-    with torch.no_grad():
-        recorder.run(images)
-    return recorder.seen
 
 
 def live_at(graph: fx.GraphModule, at: int) -> set[str]:

@@ -23,9 +23,9 @@ tests/ is on the import path of every test: `from networks import NETWORKS`.
 from . import branching, constructs, inception, mobile, mobile_cat, plain, refused, resnets, sharing  # noqa: F401
 from .case import NETWORKS, UNTRACEABLE, NetworkCase
 from .dispatch import count_compute
-from .graphs import calls, captured, difference, folded, network_of, quantized
+from .graphs import calls, captured, difference, folded, network_of, quantized, values_of
 
 __all__ = [
     "NETWORKS", "UNTRACEABLE", "NetworkCase", "calls", "captured", "count_compute", "difference", "folded",
-    "network_of", "quantized",
+    "network_of", "quantized", "values_of",
 ]  # fmt: skip

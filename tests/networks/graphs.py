@@ -50,3 +50,25 @@ def quantized(graph: fx.GraphModule, recipe: QuantRecipe, images: Tensor) -> Qua
     calibrate_weights(model, recipe)
     calibrate_activations(model, recipe.activations, [images])
     return model
+
+
+class Recorder(fx.Interpreter):
+    """Keeps every node's value; a quantizer's output replaces the value of the node that it quantizes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.seen[n.args[0].name if n.op == "call_module" else n.name] = value  # type: ignore[union-attr]
+        return value
+
+
+def values_of(module: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Every node's value, without gradients."""
+    recorder = Recorder(module)
+    with torch.no_grad():
+        recorder.run(images)
+    return recorder.seen

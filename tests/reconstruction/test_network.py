@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from networks import NETWORKS, folded, quantized
+from networks import NETWORKS, folded, quantized, values_of
 from torch import Tensor, fx, nn
 
 from calibquant.export.artifact import artifact_tensors, restore
@@ -80,30 +80,9 @@ def codes(model: QuantModel) -> dict[str, Tensor]:
     return {name: q.get().codes.clone() for name, q in model.weight_quantizers.items()}
 
 
-class Recorder(fx.Interpreter):
-    """Keeps every node's value, after its quantizer where it has one."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.seen[n.args[0].name if n.op == "call_module" else n.name] = value  # type: ignore[union-attr]
-        return value
-
-
-def features(module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
-    recorder = Recorder(module)
-    with torch.no_grad():
-        recorder.run(x)
-    return recorder.seen
-
-
 def errors(model: QuantModel, chain: list[Unit], x: Tensor) -> dict[str, float]:
     """Feature error of each unit's output inside the whole quantized network."""
-    want, got = features(model.teacher, x), features(model.simulation, x)
+    want, got = values_of(model.teacher, x), values_of(model.simulation, x)
     return {unit.name: feature_loss(got[unit.output], want[unit.output]).item() for unit in chain}
 
 
@@ -236,10 +215,10 @@ def test_the_simulation_advances_with_new_codes() -> None:
     side = Features(model.teacher.graph, model.part, x, 8)
     side.advance(chain[1].nodes[0])
     quantizer = model.weight_quantizers[chain[1].weights[0]]
-    before = features(model.simulation, x)[chain[1].output]
+    before = values_of(model.simulation, x)[chain[1].output]
     quantizer.codes = quantizer.plan.grid.qmax - quantizer.get().codes
     side.advance(chain[2].nodes[0])
-    now = features(model.simulation, x)[chain[1].output]
+    now = values_of(model.simulation, x)[chain[1].output]
     assert not torch.equal(now, before)
     assert torch.equal(side.live[chain[1].output], now)
 
