@@ -21,7 +21,7 @@ class ConsoleReporter:
     """Draws numbered steps and a live progress bar with the time left."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
-        self._progress, self._console, self._task = progress, console, TaskID(0)
+        self._progress, self._console = progress, console
         self._bar: TaskID | None = None
 
     def step(self, number: int, total: int, title: str) -> None:

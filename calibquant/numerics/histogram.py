@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibquant.errors import DataError
 
-HALF_BINS = 4096  # bins on either side of zero
+LOG2_HALF_BINS = 12  # 4,096 bins on either side of zero
 MIN_EXPONENT = -140  # the width of the finest bins: well inside float32's denormals (2^-149)
 _CHUNK = 1 << 18  # values at a time, so that the float64 copies stay in cache
 
@@ -126,7 +126,7 @@ def _exponent(value: float) -> int:
     mantissa, exponent = math.frexp(value)
     if value == 0:
         return MIN_EXPONENT
-    return exponent - (13 if mantissa == -0.5 else 12)
+    return exponent - LOG2_HALF_BINS - int(mantissa == -0.5)
 
 
 def _widened(h: Histogram, exponent: int) -> Histogram:

@@ -67,8 +67,14 @@ def dry_run(
     # Measured shares: an observer costs about 3 forward passes, a quantized pass about 3 float ones.
     seconds = per_image * (observed * 4 + evaluated * (1 + 3))
     batch = max(recipe.calibration.batch_size, recipe.evaluation.batch_size)
-    parameters = 2 * size_of(model).float32
-    return DryRun(model, len(prepared.images), seconds, parameters + batch * peak.bytes)
+    memory = 2 * size_of(model).float32 + batch * peak.bytes
+    settings = recipe.reconstruct
+    if settings.method != "none":
+        # Measured share: a step of every unit costs about 9 float passes over its batch. A unit's inputs, its target
+        # and the rows it learns on are in memory for all images at once.
+        seconds += 9 * per_image * settings.batch_size * settings.iterations
+        memory += 3 * len(prepared.images) * peak.bytes
+    return DryRun(model, len(prepared.images), seconds, memory)
 
 
 class _LiveBytes(fx.Interpreter):

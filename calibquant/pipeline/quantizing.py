@@ -121,6 +121,8 @@ def _run(
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
     learning = recipe.reconstruct.method != "none"
+    if learning and recipe.model.submodule is not None:
+        raise RecipeError("recipe, reconstruct.method", "a part of a network cannot be reconstructed yet", "use none")
     total = 6 + learning
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
@@ -178,8 +180,6 @@ def _reconstruct(
     reporter: Reporter,
 ) -> list[UnitReport]:
     """Learn the units that have no report yet; a checkpoint after each."""
-    if prepared.submodule is not None:
-        raise RecipeError("recipe, reconstruct.method", "a part of a network cannot be reconstructed yet", "use none")
     images = torch.cat([batch.images for batch in batches(prepared.images, recipe.calibration.batch_size)])
     manifest, found = manifest_csv(prepared.manifest), list(reports)
     learned = reconstruct(model, images, recipe.reconstruct, recipe.seed, device, reporter.progress, len(found))
