@@ -17,10 +17,12 @@ from calibquant.errors import RecipeError, nearest
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Pixels = Annotated[int, Field(ge=1)]
+REGULARIZER = 0.01  # weight of the rounding regularizer for networks of which no other is published
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Observer = Literal["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
+Observer = Literal["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
 Placement = Literal["integer", "academic"]
 Boundary = Literal["brecq", "qdrop", "captq", "none"]
+Sampling = Literal["without_replacement", "with_replacement", "within_batch"]
 
 
 class Section(BaseModel):
@@ -86,7 +88,7 @@ class WeightRecipe(Section):
     bits: Bits = 4
     symmetric: bool = False
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
-    observer: Literal["minmax", "percentile", "mse"] = "mse"
+    observer: Literal["minmax", "percentile", "mse", "mse-shrink"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
 
 
@@ -114,20 +116,47 @@ class QuantRecipe(Section):
 class ReconstructRecipe(Section):
     """How roundings and scales are learned, unit by unit; `method: none` keeps nearest rounding."""
 
-    method: Literal["none", "adaround", "qdrop"] = Field(
+    method: Literal["none", "adaround", "brecq", "qdrop"] = Field(
         default="none",
-        description="adaround: roundings, by layers; qdrop: roundings and scales, by blocks, with drop",
+        description="adaround: roundings, by layers; brecq: roundings, then activation scales, by blocks; "
+        "qdrop: both together, by blocks, with drop",
+    )
+    loss: Literal["mse", "fisher"] = Field(
+        default="mse", description="of the roundings' features; fisher weights it by the gradient of the network's KL"
     )
     iterations: int = Field(default=2000, ge=1, description="optimization steps a unit")
     batch_size: int = Field(default=32, ge=1, description="images a step")
-    sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    sampling: Sampling = Field(
+        default="without_replacement",
+        description="epochs over a permutation; with_replacement: independent draws; within_batch: a draw for each "
+        "step that repeats no image in it",
+    )
     rounding_lr: float = Field(default=1e-3, gt=0, description="Adam's learning rate of the rounding variables")
-    scale_lr: float = Field(default=4e-5, gt=0, description="of the activation scales; falls to 0 by a cosine")
-    regularizer: float = Field(default=0.01, ge=0, description="weight of the rounding regularizer, a sum over weights")
+    regularizer: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the rounding regularizer, a sum over weights; none: the network's own",
+    )
     warm_up: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regularizer sets in")
     beta: tuple[float, float] = Field(default=(20.0, 2.0), description="the regularizer's exponent, from and to")
+    scale_lr: float = Field(default=4e-5, gt=0, description="of the activation scales; falls to 0 by a cosine")
+    zero_point_lr: float = Field(
+        default=0.0, ge=0, description="of the activation zero points, in steps of the grid (LSQ+); 0 keeps them"
+    )
     drop: float = Field(default=0.5, ge=0, lt=1, description="qdrop: share of values left unquantized while learning")
+    scale_iterations: int | None = Field(
+        default=None, ge=1, description="brecq: steps of its second phase; none: a quarter of `iterations`"
+    )
+    scale_power: float = Field(default=2.4, ge=1, description="brecq: exponent of the second phase's loss")
+    scale_inputs: Literal["quantized", "float"] = Field(
+        default="quantized", description="brecq: what enters a unit in the second phase"
+    )
+    skip_first: bool = Field(default=False, description="leave the network's first unit at nearest rounding")
     never_worse: bool = Field(default=True, description="keep a unit's result only if it helps on images held out")
+    cache: Literal["float32", "bfloat16"] = Field(default="float32", description="how features between units are kept")
+    cache_limit: float = Field(
+        default=4.0, ge=0, description="gigabytes of features in memory; beyond it they are mapped from disk"
+    )
 
 
 class EvaluationRecipe(Section):
@@ -163,18 +192,49 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # QDrop's released code, see docs/methods.md, "Reference presets"; reconstruct.method=qdrop adds its reconstruction.
-    "qdrop-reference": {
-        "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
-        "quant": {
-            "placement": "academic",
-            "boundary": "qdrop",
-            "weights": {"symmetric": False, "granularity": "per_channel", "observer": "mse"},
-            "activations": {"symmetric": False, "observer": "mse-batch"},
-        },
-        "reconstruct": {"sampling": "with_replacement", "never_worse": False},
+# QDrop's released code, which CaPTQ's follows; see docs/methods.md, "Reference presets".
+_QDROP_CODE: dict[str, Any] = {
+    "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
+    "quant": {
+        "placement": "academic",
+        "boundary": "qdrop",
+        "weights": {"symmetric": False, "granularity": "per_channel", "observer": "mse"},
+        "activations": {"symmetric": False, "observer": "mse-batch"},
     },
+    "reconstruct": {"method": "qdrop", "iterations": 20_000, "sampling": "with_replacement", "never_worse": False},
+}
+# BRECQ's released code.
+_BRECQ_CODE: dict[str, Any] = {
+    "calibration": {"count": 1024, "range_count": 64, "batch_size": 64, "order": "first"},
+    "quant": {
+        "placement": "academic",
+        "boundary": "brecq",
+        "weights": {"symmetric": False, "granularity": "per_channel", "observer": "mse-shrink"},
+        "activations": {"symmetric": False, "observer": "mse-shrink"},
+    },
+    "reconstruct": {
+        "method": "brecq",
+        "iterations": 20_000,
+        "sampling": "within_batch",
+        "scale_iterations": 5_000,
+        "scale_lr": 4e-4,
+        "scale_inputs": "float",
+        "skip_first": True,
+        "never_worse": False,
+    },
+}
+
+# Presets of a method set what makes the method; those named *-reference follow its released code in everything.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nearest": {"reconstruct": {"method": "none"}},
+    "adaround": {"reconstruct": {"method": "adaround"}},
+    "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
+    "qdrop": {"reconstruct": {"method": "qdrop"}},
+    "captq": {"quant": {"boundary": "captq"}, "reconstruct": {"method": "qdrop"}},
+    "adaround-reference": {**_BRECQ_CODE, "reconstruct": {**_BRECQ_CODE["reconstruct"], "method": "adaround"}},
+    "brecq-reference": _BRECQ_CODE,
+    "qdrop-reference": _QDROP_CODE,
+    "captq-reference": {**_QDROP_CODE, "quant": {**_QDROP_CODE["quant"], "boundary": "captq"}},
     # What most 8-bit toolkits do: symmetric per-channel weights, min-max activations, everything integer.
     "int8": {
         "quant": {

@@ -252,8 +252,6 @@ RUNS = [
     ),
     Case("missing model", "evaluate runs/done", r"model.safetensors: cannot be read \(No such file .*\); name",
          lambda s: s.run(lambda run: (run / "model.safetensors").unlink())),
-    Case("reconstruction of a part", f"{D} model.submodule=layer2 reconstruct.method=qdrop",
-         "recipe, reconstruct.method: a part of a network cannot be reconstructed yet; use none"),
     Case("images of a run are gone",
          "evaluate runs/done data.kind=cifar10 data.root=gone data.preprocess.mean=[0,0,0] data.preprocess.std=[1,1,1]",
          "data.root, gone: there is no such folder", lambda s: s.run()),

@@ -29,11 +29,11 @@ class ConsoleReporter:
         self._clear()
         self._console.print(f"[bold]\\[{number}/{total}][/bold] {title}")
 
-    def progress(self, done: int, total: int) -> None:
-        """Work done within the step."""
+    def progress(self, done: int, total: int, where: str = "") -> None:
+        """Work done within the step, and where it stands in words."""
         if self._bar is None:
             self._bar = self._progress.add_task("", total=total)
-        self._progress.update(self._bar, completed=done, total=total)
+        self._progress.update(self._bar, completed=done, total=total, description=f"      {where}")
 
     def note(self, text: str) -> None:
         """A fact worth showing."""
@@ -51,7 +51,8 @@ def reporting(quiet: bool) -> Iterator[ConsoleReporter | None]:
     if quiet:
         yield None
         return
-    columns = (TextColumn("     "), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    words = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn(compact=True), words)
     with Progress(*columns, console=out, transient=True) as progress:
         yield ConsoleReporter(progress, out)
 

@@ -1,4 +1,4 @@
-"""Clipping ranges: min-max, percentile and KL divergence, and the mean-error searches of `mse_search`.
+"""Clipping ranges: min-max, percentile and KL divergence, and the mean-error searches of `mse_search` and `shrink`.
 
 A range is (low, high), float32, () per tensor or (C,) per channel. `affine_from_range` extends it to contain zero.
 """
@@ -16,6 +16,7 @@ from calibquant.numerics.grid import Granularity, Grid
 from calibquant.numerics.histogram import Histogram
 from calibquant.numerics.mse_search import Side, mse_range, mse_range_exhaustive, mse_range_of, side_of
 from calibquant.numerics.rows import as_matrix, as_range
+from calibquant.numerics.shrink import mse_shrink_range
 
 _MISSING = 1e-4  # counts in a bin that a candidate distribution lacks: MXNet's smoothing constant
 
@@ -145,6 +146,6 @@ def _checked(histogram: Histogram) -> int:
 
 
 __all__ = [
-    "Side", "kl_range_of", "minmax_range", "mse_range", "mse_range_exhaustive", "mse_range_of", "percentile_range",
-    "percentile_range_of", "side_of",
+    "Side", "kl_range_of", "minmax_range", "mse_range", "mse_range_exhaustive", "mse_range_of", "mse_shrink_range",
+    "percentile_range", "percentile_range_of", "side_of",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -16,7 +16,20 @@ from calibquant.reconstruction import UnitReport
 from calibquant.runfolder import CHECKPOINT, RunFolder, sha256
 
 
-def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, reports: list[UnitReport]) -> None:
+@dataclass(frozen=True)
+class Progress:
+    """How far a reconstruction has come.
+
+    Args:
+        reports: of the units done, in order.
+        nearest: relative feature errors of the network before reconstruction; see `reconstruction.feature_errors`.
+    """
+
+    reports: list[UnitReport]
+    nearest: dict[str, float]
+
+
+def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progress: Progress) -> None:
     """Store the quantizers and the reports so far.
 
     The tensors go to a file of their own for each unit and the small JSON file, which names it, is replaced last:
@@ -26,9 +39,10 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, reports
         folder: the run's folder.
         model: the network as reconstructed so far.
         manifest: the text of manifest.csv; going on needs the same images.
-        reports: of the units done.
+        progress: how far it has come.
     """
-    name = f"checkpoint-{len(reports):04d}.safetensors"
+    done = len(progress.reports)
+    name = f"checkpoint-{done:04d}.safetensors"
     data = save_safetensors(artifact_tensors(model), {"calibquant": "checkpoint"})
     folder.write(name, data)
     folder.write_json(CHECKPOINT, {
@@ -36,16 +50,17 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, reports
         "sha256": sha256(data),
         "network": network_hash(model),
         "images": sha256(manifest.encode()),
-        "units": [asdict(report) for report in reports],
+        "units": [asdict(report) for report in progress.reports],
+        "nearest": progress.nearest,
     })  # fmt: skip
-    folder.remove(f"checkpoint-{len(reports) - 1:04d}.safetensors")
+    folder.remove(f"checkpoint-{done - 1:04d}.safetensors")
 
 
-def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> list[UnitReport] | None:
+def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Progress | None:
     """Give the model's quantizers the stored state, if the folder holds a checkpoint.
 
     Returns:
-        the reports of the units done; None without a checkpoint.
+        how far it had come; None without a checkpoint.
 
     Raises:
         RunFolderError: the checkpoint is damaged, or was made of another network or other images.
@@ -62,6 +77,6 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> list
         if sha256(data) != stored["sha256"]:
             raise ValueError("its hash is wrong")
         restore(model, load_safetensors(data))
-        return [UnitReport(**row) for row in stored["units"]]
+        return Progress([UnitReport(**row) for row in stored["units"]], dict(stored["nearest"]))
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None

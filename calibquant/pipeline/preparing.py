@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +49,35 @@ class Prepared:
     def mount(self, part: nn.Module) -> nn.Module:
         """A network that takes images: `part` itself, or the user's network with `part` in the named place."""
         return part if self.submodule is None else mounted(copy.deepcopy(self.network), self.submodule, part)
+
+    @property
+    def entries(self) -> int:
+        """How many tensors the teacher takes."""
+        return sum(node.op == "placeholder" for node in self.teacher.graph.nodes)
+
+    def inputs(self, batch_size: int, count: int | None = None) -> Iterator[Tensor]:
+        """What enters the teacher in the float network, (N, ...) float32, batch by batch and at each of its calls.
+
+        Args:
+            batch_size: images in one forward pass.
+            count: of the first `count` calibration images; None means all.
+        """
+        chosen = self.images if count is None else self.images.subset(range(min(count, len(self.images))))
+        if self.submodule is None:
+            yield from (batch.images for batch in batches(chosen, batch_size))
+            return
+        seen: list[Tensor] = []
+        handle = self.network.get_submodule(self.submodule).register_forward_pre_hook(
+            lambda _module, arguments, named: seen.extend([*arguments, *named.values()]), with_kwargs=True
+        )
+        try:
+            for batch in batches(chosen, batch_size):
+                with torch.no_grad():
+                    self.network(batch.images)
+                yield from seen
+                seen.clear()
+        finally:
+            handle.remove()
 
 
 def mounted(host: nn.Module, name: str, part: nn.Module) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 
 from calibquant.data import ImageSet, batches, manifest_csv
 from calibquant.errors import RecipeError
+from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device, set_threads
-from calibquant.pipeline.checkpoint import load_checkpoint, save_checkpoint
+from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
 from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.reconstruction import UnitReport, reconstruct
+from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
+from calibquant.zoo import regularizer_of
+
+ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class Run:
         folder: the run folder.
         model: the quantized network, on the recipe's device.
         metrics: the content of metrics.json.
+        evaluation: what the quantized network did on the evaluation images.
     """
 
     folder: Path
     model: QuantModel
     metrics: dict[str, Any]
+    evaluation: Evaluation
 
 
 @dataclass
@@ -83,10 +90,18 @@ def quantize(
         >>> run.metrics["setting"]
         'W4A4'
     """
-    recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+    recipe = with_network_defaults(recipe if isinstance(recipe, Recipe) else make_recipe(recipe))
     with new_run(recipe.runs, _stem(recipe, network)) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent())
+
+
+def with_network_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with the regularizer's weight that its network is known to need, where it says none."""
+    if recipe.reconstruct.regularizer is not None:
+        return recipe
+    own = recipe.reconstruct.model_copy(update={"regularizer": regularizer_of(recipe.model.name)})
+    return recipe.model_copy(update={"reconstruct": own})
 
 
 def resume(
@@ -121,38 +136,38 @@ def _run(
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
     learning = recipe.reconstruct.method != "none"
-    if learning and recipe.model.submodule is not None:
-        raise RecipeError("recipe, reconstruct.method", "a part of a network cannot be reconstructed yet", "use none")
     total = 6 + learning
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
             prepared = prepare(recipe, *live)
+            if learning and prepared.entries != 1:
+                problem = f"{recipe.reconstruct.method} needs a network or part with one input"
+                raise RecipeError("recipe, reconstruct.method", problem, "use none")
             model = QuantModel(
                 prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
             )
         note(reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
-        reports = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
-        if reports is None:
+        progress = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
+        if progress is None:
             begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
             with clock.stage("weights"):
                 calibrate_weights(model, recipe.quant, reporter.progress)
             begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
             with clock.stage("activations"):
-                calibrate_activations(
-                    model,
-                    recipe.quant.activations,
-                    _range_batches(recipe, prepared.images, device, reporter),
-                    lambda part: prepared.mount(part).to(device),
-                )
-            reports = []
+                _observe(recipe, prepared, model, device, reporter)
+            model.to(device)  # ranges are found on the CPU
+            with clock.stage("accumulation"):
+                progress = Progress([], _errors(recipe, prepared, model, device))
         else:
-            note(reporter, f"going on after {len(reports)} reconstructed units")
-        model.to(device)  # ranges are found, and checkpoints read, on the CPU
+            note(reporter, f"going on after {len(progress.reports)} reconstructed units")
+            model.to(device)
+        after = None
         if learning:
             begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
             with clock.stage("reconstruct"):
-                reports = _reconstruct(folder, recipe, prepared, model, reports, device, reporter)
+                progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
+                after = _errors(recipe, prepared, model, device)
         begin(reporter, total - 2, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
@@ -164,10 +179,12 @@ def _run(
         if skipped:
             note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
         begin(reporter, total, total, "Write the run folder")
-        metrics = run_metrics(recipe, prepared, model, float_result, quantized, reports, clock.seconds)
+        metrics = run_metrics(
+            recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
+        )
         write_run(folder, recipe, prepared, model, metrics, {"threads": threads, "device": str(device)})
         folder.remove("checkpoint*")
-    return Run(final_path(folder.path), model, metrics)
+    return Run(final_path(folder.path), model, metrics, quantized)
 
 
 def _reconstruct(
@@ -175,22 +192,59 @@ def _reconstruct(
     recipe: Recipe,
     prepared: Prepared,
     model: QuantModel,
-    reports: list[UnitReport],
+    before: Progress,
     device: torch.device,
     reporter: Reporter,
-) -> list[UnitReport]:
+) -> Progress:
     """Learn the units that have no report yet; a checkpoint after each."""
-    images = torch.cat([batch.images for batch in batches(prepared.images, recipe.calibration.batch_size)])
-    manifest, found = manifest_csv(prepared.manifest), list(reports)
-    learned = reconstruct(model, images, recipe.reconstruct, recipe.seed, device, reporter.progress, len(found))
+    manifest, found = manifest_csv(prepared.manifest), before
+    learned = reconstruct(
+        model,
+        torch.cat(list(prepared.inputs(recipe.calibration.batch_size))),
+        recipe.reconstruct,
+        recipe.seed,
+        device,
+        reporter.progress,
+        len(found.reports),
+        partial(_observe, recipe, prepared, model, device, Silent(), True),
+        folder.path,
+    )
     for report in learned:
-        found.append(report)
+        found = replace(found, reports=[*found.reports, report])
         save_checkpoint(folder, model, manifest, found)
         result = "kept" if report.kept else "rolled back"
-        log.info("unit %s: loss %.5g -> %.5g, %s", report.unit, report.loss_before, report.loss_after, result)
-    rolled = sum(not report.kept for report in found)
-    note(reporter, f"{len(found)} units, {rolled} rolled back")
+        log.info(
+            "unit %s, %s: loss %.5g -> %.5g, %s",
+            report.unit, report.phase, report.loss_before, report.loss_after, result,
+        )  # fmt: skip
+    rolled = sum(not report.kept for report in found.reports)
+    note(reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
+
+
+def _observe(
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    device: torch.device,
+    reporter: Reporter,
+    quantized_weights: bool = False,
+) -> None:
+    """Find the activation ranges on the images that the recipe gives for it."""
+    calibrate_activations(
+        model,
+        recipe.quant.activations,
+        _range_batches(recipe, prepared.images, device, reporter),
+        lambda part: prepared.mount(part).to(device),
+        quantized_weights,
+    )
+
+
+def _errors(recipe: Recipe, prepared: Prepared, model: QuantModel, device: torch.device) -> dict[str, float]:
+    """Relative feature error after each block, on the first calibration images; none for a part with several inputs."""
+    if prepared.entries != 1:
+        return {}
+    return feature_errors(model, prepared.inputs(recipe.calibration.batch_size, ERROR_IMAGES), device)
 
 
 def _range_batches(recipe: Recipe, images: ImageSet, device: torch.device, reporter: Reporter) -> Iterator[Tensor]:

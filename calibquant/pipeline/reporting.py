@@ -18,8 +18,8 @@ class Reporter(Protocol):
     def step(self, number: int, total: int, title: str) -> None:
         """A step begins."""
 
-    def progress(self, done: int, total: int) -> None:
-        """Work done within the step."""
+    def progress(self, done: int, total: int, where: str = "") -> None:
+        """Work done within the step, and where it stands in words."""
 
     def note(self, text: str) -> None:
         """A fact worth showing."""
@@ -30,7 +30,7 @@ class Silent:
 
     def step(self, number: int, total: int, title: str) -> None: ...
 
-    def progress(self, done: int, total: int) -> None: ...
+    def progress(self, done: int, total: int, where: str = "") -> None: ...
 
     def note(self, text: str) -> None: ...
 

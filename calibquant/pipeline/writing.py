@@ -27,9 +27,11 @@ def run_metrics(
     float_result: Evaluation,
     quantized: Evaluation,
     reports: list[UnitReport],
+    errors: tuple[dict[str, float], dict[str, float] | None],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of metrics.json, but for the size of the file."""
+    """The content of metrics.json, but for the size of the file; `errors` are those before and after reconstruction."""
+    nearest, reconstructed = errors
     return {
         "setting": recipe.setting,
         "placement": recipe.quant.placement,
@@ -42,6 +44,10 @@ def run_metrics(
         "size": asdict(size_of(model)),
         "coverage": [asdict(row) for row in model.coverage()],
         "units": [asdict(report) for report in reports],
+        "feature_errors": [
+            {"after": node, "nearest": error, "reconstructed": reconstructed and reconstructed[node]}
+            for node, error in nearest.items()
+        ],
         "seconds": seconds,
     }
 

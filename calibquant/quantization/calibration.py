@@ -45,14 +45,16 @@ def calibrate_activations(
     recipe: ActivationRecipe,
     batches: Iterable[Tensor],
     mount: Callable[[nn.Module], nn.Module] = lambda network: network,
+    quantized_weights: bool = False,
 ) -> None:
-    """Find each activation's range on the float network.
+    """Find each activation's range on the float network, or on the one whose weights alone are quantized.
 
     Args:
         model: its activation quantizers receive scales and zero points.
         recipe: the observer.
         batches: images, (N, C, H, W) float32, already preprocessed.
         mount: puts the network where images reach it; a part of a larger network is mounted in that.
+        quantized_weights: observe the network with its weights as quantized.
 
     Raises:
         QuantizationError: there are no images.
@@ -65,8 +67,10 @@ def calibrate_activations(
     }
     if not observers:
         return  # every range is taken at run time
-    observed, images = mount(_Observed(model.teacher, observers)), 0
-    with torch.inference_mode():
+    network = model.simulation if quantized_weights else model.teacher
+    observed, images = mount(_Observed(network, observers)), 0
+    with torch.inference_mode(), model.float_mode():
+        model.enable(weights=True, activations=False)
         for batch in batches:
             observed(batch)
             images += len(batch)

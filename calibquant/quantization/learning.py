@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,27 +63,67 @@ class SoftRounding(nn.Module):
         return float(((soft == 0) | (soft == 1)).float().mean())
 
 
-def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """LSQ: per-tensor fake quantization that passes gradients to the values and to the scale.
+def learned_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None = None
+) -> Tensor:
+    """LSQ and LSQ+: per-tensor fake quantization that passes gradients to the values, the scale and the zero point.
 
-    Rounding passes gradients through; the scale's gradient is multiplied by 1 / sqrt(numel * qmax). Source: Esser et
-    al., "Learned Step Size Quantization", ICLR 2020, eq. 1 to 5.
+    q = (clamp(round(x / scale) + round(zero_point), qmin, qmax) - round(zero_point)) * scale. Rounding passes gradients
+    through; those of scale and zero point are multiplied by 1 / sqrt(numel * qmax). Sources: Esser et al., "Learned
+    Step Size Quantization", ICLR 2020, eq. 1 to 5; Bhalgat et al., "LSQ+", CVPRW 2020.
 
     Args:
         x: float32, any shape.
         scale: float32 parameter, ().
-        zero_point: int32, ().
+        zero_point: int32, or float32 parameter where it is learned, ().
         grid: the codes.
+        kept: float32, the shape of `x`: 1 where the value is quantized, 0 where it passes as it is; None quantizes all.
 
     Returns:
-        float32, the shape of `x`; equal to `numerics.affine.fake_quantize` but for the last digit of the scale.
+        float32, the shape of `x`; where kept, equal to `numerics.affine.fake_quantize` bit for bit.
     """
-    factor = (x.numel() * grid.qmax) ** -0.5
-    scale = (scale - scale * factor).detach() + scale * factor
-    codes = (_round(x / scale) + zero_point).clamp(grid.qmin, grid.qmax)
-    return (codes - zero_point) * scale
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept)
+    return result
 
 
-def _round(x: Tensor) -> Tensor:
-    """Round to nearest; the gradient passes straight through."""
-    return (torch.round(x) - x).detach() + x
+def kept_values(x: Tensor, drop: float) -> Tensor:
+    """QDrop: 0 for a random share `drop` of the values and 1 for the others; float32, the shape of `x`.
+
+    The share is met to the nearest 1/256: one random byte decides a value, which costs a quarter of a random float.
+    """
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int32, device=x.device).random_(-(2**31), None)
+    return (words.view(torch.uint8)[: x.numel()].view(x.shape) >= min(255, round(drop * 256))).to(x.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One pass forward that leaves what backward needs: autograd's own chain of ten ops reads memory twice as often."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
+        zero_point = torch.round(zero_point)
+        steps = x / scale
+        codes = torch.round(steps).add_(zero_point)
+        clipped = codes.clamp(grid.qmin, grid.qmax)
+        inside = (codes == clipped).to(x.dtype)
+        levels = clipped.sub_(zero_point)
+        quantized = levels * scale
+        by_scale = levels.addcmul_(steps, inside, value=-1)
+        if kept is not None:
+            quantized = torch.lerp(x, quantized, kept)
+            by_scale.mul_(kept)
+            inside.sub_(1).mul_(kept).add_(1)
+        ctx.save_for_backward(by_scale, inside, scale)
+        ctx.factor = (x.numel() * grid.qmax) ** -0.5
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        by_scale, passing, scale = ctx.saved_tensors
+        of_scale = of_zero_point = None
+        if ctx.needs_input_grad[1]:
+            of_scale = (gradient * by_scale).sum() * ctx.factor
+        if ctx.needs_input_grad[2]:  # a clipped value moves by -scale with each step of the zero point
+            of_zero_point = (gradient * (passing - 1)).sum() * scale * ctx.factor
+        of_x = gradient * passing if ctx.needs_input_grad[0] else None
+        return of_x, of_scale, of_zero_point, None, None

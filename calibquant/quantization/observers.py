@@ -22,6 +22,7 @@ from calibquant.numerics.clipping import (
     minmax_range,
     mse_range,
     mse_range_of,
+    mse_shrink_range,
     percentile_range,
     percentile_range_of,
     side_of,
@@ -62,7 +63,8 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan) -> ActivationObser
     """The observer that `recipe.observer` names, for a quantizer as planned.
 
     "minmax": smallest and largest value. "moving-average": means of the batches' minima and maxima. "percentile",
-    "mse", "kl": searches on a histogram of all values. "mse-batch": QDrop's MSEObserver, see `BatchMSEObserver`.
+    "mse", "kl": searches on a histogram of all values. "mse-batch", "mse-shrink": searches on the values of each batch,
+    as QDrop's MSEObserver and BRECQ's released code do, see `BatchObserver`.
     A symmetric quantizer decides its sign from the data: the searches score values without a negative one on the whole
     grid, as `quantizers.activation_affine` uses it.
     """
@@ -72,7 +74,9 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan) -> ActivationObser
     if name == "moving-average":
         return AverageObserver()
     if name == "mse-batch":
-        return BatchMSEObserver(grid, symmetric)
+        return BatchObserver(partial(_mse_range_of_batch, grid=grid, symmetric=symmetric))
+    if name == "mse-shrink":
+        return BatchObserver(partial(_mse_shrink_range_of_batch, grid=grid, symmetric=symmetric))
     if name == "percentile":
         return HistogramObserver(partial(percentile_range_of, percent=recipe.percentile))
     if name == "kl":
@@ -95,12 +99,22 @@ def weight_range(w: Tensor, recipe: WeightRecipe, plan: TensorPlan) -> tuple[Ten
         return minmax_range(w, plan.granularity)
     if recipe.observer == "percentile":
         return percentile_range(w, plan.granularity, recipe.percentile)
+    if recipe.observer == "mse-shrink":
+        return mse_shrink_range(w, plan.grid, plan.symmetric, plan.granularity)
     return mse_range(w, plan.grid, plan.symmetric, plan.granularity)
 
 
 def _mse_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
     """What is scored is what will be used: without negative values the whole grid serves [0, high]."""
     return mse_range_of(histogram, grid, symmetric and histogram.minimum < 0)
+
+
+def _mse_range_of_batch(x: Tensor, side: Side, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
+    return mse_range(x, grid, symmetric and side != "pos", PerTensor(), side=side)
+
+
+def _mse_shrink_range_of_batch(x: Tensor, side: Side, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
+    return mse_shrink_range(x, grid, symmetric and side != "pos", PerTensor())
 
 
 class MinMaxObserver(ActivationObserver):
@@ -168,23 +182,27 @@ class HistogramObserver(ActivationObserver):
         return self.search(self.histogram)
 
 
-class BatchMSEObserver(ActivationObserver):
-    """QDrop's MSEObserver: the range of least error of every batch, then the widest of these.
+class BatchObserver(ActivationObserver):
+    """The range that a search finds for every batch, then the widest of these.
 
     The side (whether values are one-sided) is decided once, on the first batch; an observer that has seen none takes
     it over when it merges.
+
+    Args:
+        search: from a batch that is not empty, and the side, to a range.
     """
 
-    def __init__(self, grid: Grid, symmetric: bool) -> None:
-        self.grid, self.symmetric = grid, symmetric
+    def __init__(self, search: Callable[[Tensor, Side], tuple[Tensor, Tensor]]) -> None:
+        self.search = search
         self.side: Side | None = None
         self.low, self.high = math.inf, -math.inf
 
     def update(self, x: Tensor) -> None:
         if not x.numel():
             return
-        self.side = self.side or side_of(*finite_extremes(x))
-        low, high = mse_range(x, self.grid, self.symmetric and self.side != "pos", PerTensor(), side=self.side)
+        side = side_of(*finite_extremes(x))
+        self.side = self.side or side
+        low, high = self.search(x, self.side)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
 
     def merge(self, other: ActivationObserver) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
-from calibquant.quantization.learning import SoftRounding, learned_fake_quantize
+from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize
 from calibquant.quantization.plan import TensorPlan
 
 
@@ -76,7 +76,8 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.name, self.plan, self.dynamic, self.enabled = name, plan, dynamic, True
         self.learned_scale: nn.Parameter | None = None
-        self.keep = 1.0  # share of the values that are quantized; less than 1 while reconstructing with drop
+        self.learned_zero_point: nn.Parameter | None = None
+        self.drop = 0.0  # share of the values that pass unquantized while reconstructing (QDrop)
         self.scale: Tensor | None
         self.zero_point: Tensor
         for buffer in ("scale", "zero_point"):
@@ -108,21 +109,32 @@ class ActivationQuantizer(nn.Module):
         if self.learned_scale is not None:
             self.learned_scale.data.copy_(_positive(self.learned_scale.data))
             scale = self.learned_scale
-        if x.requires_grad or scale.requires_grad:
-            quantized = learned_fake_quantize(x, scale, zero_point, self.plan.grid)
-        else:
-            quantized = fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
-        return quantized if self.keep >= 1 else torch.where(torch.rand_like(x) < self.keep, quantized, x)
+        if self.learned_zero_point is not None:
+            self.learned_zero_point.data.clamp_(self.plan.grid.qmin, self.plan.grid.qmax)
+            zero_point = self.learned_zero_point
+        if self.drop or x.requires_grad or scale.requires_grad:
+            kept = kept_values(x, self.drop) if self.drop else None
+            return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept)
+        return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
 
     def start_learning(self) -> nn.Parameter:
-        """From now on the scale is learned."""
+        """From now on the scale is learned (LSQ)."""
         self.learned_scale = nn.Parameter(self.get()[0].clone())
         return self.learned_scale
 
+    def start_learning_zero_point(self) -> nn.Parameter:
+        """From now on the zero point is learned too (LSQ+); it stays on the grid, so zero stays exact."""
+        self.learned_zero_point = nn.Parameter(self.get()[1].float())
+        return self.learned_zero_point
+
     def stop_learning(self) -> None:
-        """Take the learned scale."""
+        """Take what was learned, and drop nothing any more."""
+        self.drop = 0.0
         if self.learned_scale is not None:
             self.scale, self.learned_scale = _positive(self.learned_scale.detach()), None
+        if self.learned_zero_point is not None:
+            zero_point = self.learned_zero_point.detach().round().clamp(self.plan.grid.qmin, self.plan.grid.qmax)
+            self.zero_point, self.learned_zero_point = zero_point.to(torch.int32), None
 
 
 def _positive(scale: Tensor) -> Tensor:

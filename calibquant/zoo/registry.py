@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from calibquant.errors import ModelError, nearest
+from calibquant.recipe import REGULARIZER
 from calibquant.zoo.cifar_resnet import CifarResNet
 from calibquant.zoo.digits import digits_resnet
 from calibquant.zoo.mobilenet import MobileNetV2
@@ -25,11 +26,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """A network of the zoo: its builder, the shape (C, H, W) of its usual input, and its options."""
+    """A network of the zoo.
+
+    Args:
+        builder: makes it.
+        input_shape: (C, H, W) of its usual input.
+        options: of the builder.
+        regularizer: weight of the rounding regularizer in QDrop's released configurations.
+    """
 
     builder: Callable[..., nn.Module]
     input_shape: tuple[int, int, int]
     options: Mapping[str, Option]
+    regularizer: float = REGULARIZER
 
 
 def _one_of(*words: str) -> Option:
@@ -60,6 +69,7 @@ _ZOO |= {
         MobileNetV2,
         (3, 224, 224),
         {"width": _WIDTH, "num_classes": _CLASSES, "padding": _one_of("torch", "tf_same")},
+        regularizer=0.1,
     ),
     "squeezenet1_1": Entry(SqueezeNet, (3, 224, 224), {"num_classes": _CLASSES}),
     "digits_resnet": Entry(digits_resnet, (1, 16, 16), {"num_classes": _CLASSES}),
@@ -99,6 +109,16 @@ def input_shape(name: str, **options: object) -> tuple[int, int, int]:
         (1, 16, 16)
     """
     return _entry(name, options).input_shape
+
+
+def regularizer_of(name: str | None) -> float:
+    """Weight of the rounding regularizer for a network; the usual one where none of its own is known.
+
+    Example:
+        >>> regularizer_of("mobilenet_v2"), regularizer_of(None)
+        (0.1, 0.01)
+    """
+    return _ZOO[name].regularizer if name in _ZOO else REGULARIZER
 
 
 def _entry(name: str, options: Mapping[str, object]) -> Entry:

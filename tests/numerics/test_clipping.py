@@ -16,6 +16,7 @@ from calibquant.numerics.clipping import (
     mse_range,
     mse_range_exhaustive,
     mse_range_of,
+    mse_shrink_range,
     percentile_range,
     percentile_range_of,
 )
@@ -134,15 +135,16 @@ def test_several_levels_of_groups_equal_exhaustive(kind: str, bits: int, size: i
     assert mse_range(x, grid, False, PerTensor()) == expected
 
 
-def test_the_result_does_not_depend_on_threads_or_neighbours() -> None:
+@pytest.mark.parametrize("search", [mse_range, mse_shrink_range])
+def test_the_result_does_not_depend_on_threads_or_neighbours(search: Callable[..., tuple[Tensor, Tensor]]) -> None:
     x = normal(6, 5000) ** 3
-    together = mse_range(x, Grid(4), False, PerChannel(0))
+    together = search(x, Grid(4), False, PerChannel(0))
     try:
         torch.set_num_threads(2)
-        again = mse_range(x, Grid(4), False, PerChannel(0))
+        again = search(x, Grid(4), False, PerChannel(0))
     finally:
         torch.set_num_threads(1)
-    alone = [mse_range(row, Grid(4), False, PerTensor(), side="no") for row in x]
+    alone = [search(row, Grid(4), False, PerTensor()) for row in x]
     for i, end in enumerate(together):
         assert torch.equal(end, again[i])
         assert torch.equal(end, torch.stack([a[i] for a in alone]))
@@ -242,11 +244,93 @@ def test_sixteen_bits_need_no_exhaustive_search() -> None:
     assert torch.allclose(high, x.amax(1), atol=0.02)
 
 
-@pytest.mark.parametrize("search", [mse_range, mse_range_exhaustive])
+@pytest.mark.parametrize("search", [mse_range, mse_range_exhaustive, mse_shrink_range])
 @pytest.mark.parametrize("x", [torch.zeros(0), torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf])])
 def test_bad_tensors_are_one_line_errors(search: Callable[..., object], x: Tensor) -> None:
     with pytest.raises(QuantizationError, match="clipping range: the tensor"):
         search(x, Grid(4), False, PerTensor())
+
+
+# --------------------------------------------------------------------------------------- both ends by one common factor
+
+
+def shrunk_by_hand(x: np.ndarray, grid: Grid, symmetric: bool, p: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Low, high and error, (80, R), of each row's ranges: codes by numpy's float32 arithmetic, the mean in float64."""
+    factors = (1 - 0.01 * np.arange(80)).astype(np.float32)[:, None, None]
+    v, most = x[None], np.float32(2**grid.bits - 1)
+    x_min, x_max = v.min(2, keepdims=True) * factors, v.max(2, keepdims=True) * factors
+    low, high = x_min.clip(max=0), x_max.clip(min=0)
+    if symmetric:
+        scale = (np.maximum(-low, high) / (most / 2)).clip(np.float32(1e-8))
+        zero = np.full_like(scale, grid.qmin + 2 ** (grid.bits - 1))
+    else:
+        scale = ((high - low) / most).clip(np.float32(1e-8))
+        zero = (grid.qmin - np.rint(low / scale)).clip(grid.qmin, grid.qmax)
+    q = ((np.rint(v / scale) + zero).clip(grid.qmin, grid.qmax) - zero) * scale
+    assert q.dtype == np.float32
+    return x_min[..., 0], x_max[..., 0], np.mean(np.abs(v.astype(np.float64) - q) ** p, axis=2)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    kind=st.sampled_from(sorted(SHAPES)),
+    rows=st.integers(2, 5),
+    size=st.sampled_from([1, 2, 3, 9, 64, 65, 700]),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    signed=st.booleans(),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from([PerTensor(), PerChannel(0), PerChannel(1)]),
+    p=st.sampled_from([2.4, 1.0, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_shrunk_range_is_the_best_of_eighty(
+    kind: str,
+    rows: int,
+    size: int,
+    bits: int,
+    signed: bool,
+    symmetric: bool,
+    granularity: Granularity,
+    p: float,
+    seed: int,
+) -> None:
+    x, grid = SHAPES[kind](normal(rows, size, seed=seed)), Grid(bits, signed)
+    low, high = mse_shrink_range(x, grid, symmetric, granularity, p)
+    assert low.dtype == high.dtype == torch.float32
+    assert low.shape == high.shape == (() if isinstance(granularity, PerTensor) else (x.shape[granularity.axis],))
+    values = x.numpy()
+    values = values.reshape(1, -1) if isinstance(granularity, PerTensor) else np.moveaxis(values, granularity.axis, 0)
+    lows, highs, errors = shrunk_by_hand(values, grid, symmetric, p)
+    chosen = (lows == low.numpy().reshape(-1)) & (highs == high.numpy().reshape(-1))
+    assert chosen.any(0).all()
+    assert (np.where(chosen, errors, np.inf).min(0) <= errors.min(0) * (1 + 1e-5) + 1e-37).all()
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(0), PerChannel(1), PerChannel(2)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_shrunk_range_of_a_channel_is_its_own(granularity: PerChannel, symmetric: bool) -> None:
+    x, grid = normal(3, 4, 50) ** 3, Grid(3)
+    low, high = mse_shrink_range(x, grid, symmetric, granularity)
+    for i, row in enumerate(x.unbind(granularity.axis)):
+        assert (low[i], high[i]) == mse_shrink_range(row, grid, symmetric, PerTensor())
+
+
+def test_shrunk_range_first_of_equal_candidates_wins() -> None:
+    for x in (torch.zeros(5), normal(40) * 1e-30):  # below the smallest scale every range rounds alike
+        assert mse_shrink_range(x, Grid(4), False, PerTensor()) == (x.min(), x.max())
+    x = torch.tensor([-1.0, 0.0, 2.0])  # 2 bits hold it exactly at full width only
+    assert mse_shrink_range(x, Grid(2), False, PerTensor()) == (torch.tensor(-1.0), torch.tensor(2.0))
+
+
+def test_shrunk_range_where_every_error_overflows_is_min_and_max() -> None:
+    x = normal(100) * 1e37
+    assert mse_shrink_range(x, Grid(2), False, PerTensor()) == (x.min(), x.max())
+
+
+def test_shrunk_range_clips_an_outlier_and_no_more_than_a_fifth_remains() -> None:
+    x = torch.cat([normal(100_000), torch.tensor([-60.0, 80.0])])
+    low, high = mse_shrink_range(x, Grid(4), False, PerTensor())
+    assert [float(low), float(high)] == pytest.approx([-60 * 0.21, 80 * 0.21])
 
 
 # ----------------------------------------------------------------------------------------------------- from a histogram

@@ -26,7 +26,7 @@ FILES = {
     "recipe.yaml", "manifest.csv", "model.safetensors", "graph.json", "record.json", "record.txt", "metrics.json",
     "receipt.json", "log.txt",
 }  # fmt: skip
-STAGES = ("prepare", "weights", "activations", "evaluate_float", "evaluate_quantized")
+STAGES = ("prepare", "weights", "activations", "accumulation", "evaluate_float", "evaluate_quantized")
 
 
 def small() -> nn.Module:

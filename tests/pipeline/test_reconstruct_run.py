@@ -14,6 +14,7 @@ import calibquant
 from calibquant.data import batches
 from calibquant.graph import units
 from calibquant.pipeline import Reporter, Run
+from calibquant.pipeline.quantizing import with_network_defaults
 from calibquant.recipe import make_recipe
 
 FIELDS: dict[str, Any] = {
@@ -24,7 +25,8 @@ FIELDS: dict[str, Any] = {
     "quant": {"weights": {"bits": 2}, "activations": {"bits": 2}},
     "threads": 1,
 }
-ROW = {"unit", "loss_before", "loss_after", "kept", "settled", "seconds"}
+METHODS = ("adaround", "brecq", "qdrop")
+ROW = {"unit", "phase", "loss_before", "loss_after", "kept", "settled", "seconds"}
 
 
 def settings(method: str) -> dict[str, Any]:
@@ -47,14 +49,17 @@ def run(weights: Path, runs: Path, method: str, **fields: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def by_method(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return {m: run(weights, tmp_path_factory.mktemp(m), m) for m in ("none", "adaround", "qdrop")}
+    return {m: run(weights, tmp_path_factory.mktemp(m), m) for m in ("none", *METHODS)}
 
 
-@pytest.mark.parametrize(("method", "granularity"), [("adaround", "layer"), ("qdrop", "block")])
+@pytest.mark.parametrize(("method", "granularity"), [("adaround", "layer"), ("brecq", "block"), ("qdrop", "block")])
 def test_metrics_hold_a_row_for_each_unit(by_method: dict[str, Run], method: str, granularity: str) -> None:
     done = by_method[method]
     rows = json.loads((done.folder / "metrics.json").read_text())["units"]
-    assert [row["unit"] for row in rows] == [u.name for u in units(done.model.teacher.graph, granularity)]
+    names = [u.name for u in units(done.model.teacher.graph, granularity)]
+    assert [row["unit"] for row in rows if row["phase"] != "scales"] == names
+    second = [row["unit"] for row in rows if row["phase"] == "scales"]
+    assert second == (names if method == "brecq" else []), "the integer placement quantizes something in every unit"
     for row in rows:
         assert set(row) == ROW
         assert row["kept"] == (row["loss_after"] < row["loss_before"]), "72 images are enough to hold some out"
@@ -65,11 +70,11 @@ def test_metrics_hold_a_row_for_each_unit(by_method: dict[str, Run], method: str
     assert done.metrics["seconds"]["reconstruct"] > 0
 
 
-@pytest.mark.parametrize("method", ["adaround", "qdrop"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_log_says_what_became_of_each_unit(by_method: dict[str, Run], method: str) -> None:
     done = by_method[method]
     log = (done.folder / "log.txt").read_text()
-    lines = re.findall(r"unit (\S+): loss (\S+) -> (\S+), (kept|rolled back)", log)
+    lines = re.findall(r"unit (\S+), (?:roundings|scales|both): loss (\S+) -> (\S+), (kept|rolled back)", log)
     rows = done.metrics["units"]
     assert [line[0] for line in lines] == [row["unit"] for row in rows]
     for (_, before, after, verdict), row in zip(lines, rows, strict=True):
@@ -80,7 +85,7 @@ def test_the_log_says_what_became_of_each_unit(by_method: dict[str, Run], method
     assert f"{len(rows)} units, {rolled} rolled back" in log
 
 
-@pytest.mark.parametrize("method", ["none", "adaround", "qdrop"])
+@pytest.mark.parametrize("method", ["none", *METHODS])
 def test_the_artifact_loads_bit_for_bit(by_method: dict[str, Run], method: str) -> None:
     done = by_method[method]
     images = calibquant.open_images(make_recipe(FIELDS).data, "evaluation")
@@ -95,7 +100,7 @@ def test_the_artifact_loads_bit_for_bit(by_method: dict[str, Run], method: str) 
 
 
 def test_methods_differ_in_what_they_learn(by_method: dict[str, Run]) -> None:
-    """Both change codes; only qdrop changes activation scales."""
+    """All change codes; adaround keeps the activation scales."""
     models = {method: done.model for method, done in by_method.items()}
 
     def codes(method: str) -> list[torch.Tensor]:
@@ -104,9 +109,10 @@ def test_methods_differ_in_what_they_learn(by_method: dict[str, Run]) -> None:
     def scales(method: str) -> list[float]:
         return [q.get()[0].item() for q in models[method].activation_quantizers.values()]
 
-    for method in ("adaround", "qdrop"):
+    for method in METHODS:
         assert not all(torch.equal(a, b) for a, b in zip(codes(method), codes("none"), strict=True))
     assert scales("adaround") == scales("none") != scales("qdrop")
+    assert scales("brecq") != scales("none")
 
 
 def test_without_reconstruction_there_are_no_units(by_method: dict[str, Run]) -> None:
@@ -116,7 +122,7 @@ def test_without_reconstruction_there_are_no_units(by_method: dict[str, Run]) ->
     assert "unit " not in (done.folder / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("method", ["adaround", "qdrop"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_runs_are_byte_identical(by_method: dict[str, Run], weights: Path, tmp_path: Path, method: str) -> None:
     torch.manual_seed(99)  # the caller's stream has no say
     done, again = by_method[method], run(weights, tmp_path, method)
@@ -139,13 +145,15 @@ class Heard(Reporter):
 
     def __init__(self) -> None:
         self.steps: list[str] = []
-        self.progressed: dict[str, list[tuple[int, int | None]]] = {}
+        self.where: list[str] = []
+        self.progressed: dict[str, list[tuple[int, int]]] = {}
 
     def step(self, number: int, total: int, title: str) -> None:
         self.steps.append(f"{number}/{total} {title}")
 
-    def progress(self, done: int, total: int | None = None) -> None:
+    def progress(self, done: int, total: int, where: str = "") -> None:
         self.progressed.setdefault(self.steps[-1], []).append((done, total))
+        self.where.append(where)
 
     def note(self, text: str) -> None:
         pass
@@ -159,3 +167,39 @@ def test_the_step_is_announced_and_its_progress_ends_at_the_total(weights: Path,
     assert step == "4/7 Reconstruct by qdrop"
     total = 8 * len(done.metrics["units"])
     assert heard.progressed[step] == [(i, total) for i in range(1, total + 1)]
+    told = [where for where in heard.where if where]
+    assert len(told) == total
+    for row, where in zip(done.metrics["units"], told[::8], strict=True):
+        assert re.fullmatch(rf"{re.escape(row['unit'])}: loss \S+, \d+ % settled", where)
+
+
+@pytest.mark.parametrize("method", ["none", "qdrop"])
+def test_the_growth_of_the_error_is_told_before_and_after(by_method: dict[str, Run], method: str) -> None:
+    """Nearest rounding's is the same for all methods; the reconstructed network's is that of the model itself."""
+    done = by_method[method]
+    rows = json.loads((done.folder / "metrics.json").read_text())["feature_errors"]
+    assert [row["after"] for row in rows] == [u.output for u in units(done.model.teacher.graph)]
+    assert [row["nearest"] for row in rows] == [r["nearest"] for r in by_method["none"].metrics["feature_errors"]]
+    if method == "none":
+        assert {row["reconstructed"] for row in rows} == {None}
+        return
+    assert all(row["reconstructed"] > 0 for row in rows)
+    assert rows[-1]["reconstructed"] < rows[-1]["nearest"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_is_reconstructed_on_what_enters_it(weights: Path, tmp_path: Path, method: str) -> None:
+    done = run(weights, tmp_path, method, model={**FIELDS["model"], "weights": str(weights), "submodule": "layer2"})
+    rows = done.metrics["units"]
+    assert rows
+    assert any(row["kept"] for row in rows)
+    assert all(row["unit"].split(".")[0].isdigit() for row in rows), "units of layer2 alone"
+    assert done.metrics["feature_errors"][-1]["reconstructed"] != done.metrics["feature_errors"][-1]["nearest"]
+
+
+def test_a_networks_own_regularizer_is_written_into_the_recipe(by_method: dict[str, Run]) -> None:
+    stored = calibquant.load_recipe(by_method["qdrop"].folder / "recipe.yaml")
+    assert stored.reconstruct.regularizer == 0.01
+    assert with_network_defaults(make_recipe({"model": {"name": "mobilenet_v2"}})).reconstruct.regularizer == 0.1
+    given = make_recipe({"model": {"name": "mobilenet_v2"}, "reconstruct": {"regularizer": 0.5}})
+    assert with_network_defaults(given) is given

@@ -17,7 +17,7 @@ from calibquant.quantization.quantizers import ActivationQuantizer, activation_a
 from calibquant.recipe import ActivationRecipe, Observer, QuantRecipe, WeightRecipe
 
 ALL_BITS = [2, 3, 4, 5, 6, 7, 8, 16]
-OBSERVERS: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
+OBSERVERS: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
 
 
 class Net(nn.Module):

@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,14 +7,16 @@ import torch
 from torch import Tensor
 
 from calibquant.errors import DataError, QuantizationError
-from calibquant.numerics.clipping import mse_range_exhaustive
+from calibquant.numerics.clipping import mse_range_exhaustive, mse_shrink_range
 from calibquant.numerics.grid import Grid, PerChannel, PerTensor
 from calibquant.quantization import TensorPlan
 from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, Observer, WeightRecipe
 
 torch.set_num_threads(1)
-NAMES: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "kl"]
+NAMES: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
+Search = Callable[[Tensor, Grid, bool, PerTensor], tuple[Tensor, Tensor]]
+OF_BATCHES: list[tuple[Observer, Search]] = [("mse-batch", mse_range_exhaustive), ("mse-shrink", mse_shrink_range)]
 
 
 def observer(name: Observer, bits: int = 4) -> ActivationObserver:
@@ -49,6 +52,14 @@ def test_nothing_seen_is_a_one_line_error(name: Observer) -> None:
 def test_values_that_are_no_numbers_are_refused(name: Observer, bad: float) -> None:
     with pytest.raises(DataError, match="activations"):
         observer(name).update(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_are_no_numbers_are_refused_in_a_later_batch_too(name: Observer) -> None:
+    o = observer(name)
+    o.update(torch.ones(3))
+    with pytest.raises(DataError, match="activations: hold NaN"):
+        o.update(torch.tensor([0.0, torch.nan]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,10 +116,25 @@ def test_percentile_is_the_recipes() -> None:
     assert observed("percentile", [x]) == pytest.approx((-0.99, 0.99), abs=1e-3)
 
 
-def test_batch_mse_takes_the_widest_of_the_batches() -> None:
+@pytest.mark.parametrize(("name", "search"), OF_BATCHES)
+def test_a_search_on_batches_takes_the_widest(name: Observer, search: Search) -> None:
     data = batches()
-    each = [mse_range_exhaustive(x, Grid(4), False, PerTensor()) for x in data]
-    assert observed("mse-batch", data) == (min(float(a) for a, _ in each), max(float(b) for _, b in each))
+    each = [search(x, Grid(4), False, PerTensor()) for x in data]
+    assert observed(name, data) == (min(float(a) for a, _ in each), max(float(b) for _, b in each))
+
+
+@pytest.mark.parametrize(("name", "search"), OF_BATCHES)
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_a_symmetric_search_on_batches_uses_the_whole_grid_for_one_side(
+    name: Observer, search: Search, one_sided: bool
+) -> None:
+    """Values without a negative one are scored on 0 … 2^b - 1, as they will be quantized."""
+    x = batches(1)[0] ** 3
+    x = x.abs() if one_sided else x
+    o = make_observer(ActivationRecipe(observer=name), TensorPlan(Grid(3), symmetric=True))
+    o.update(x)
+    assert o.range() == search(x, Grid(3), not one_sided, PerTensor())
+    assert o.range() != search(x, Grid(3), one_sided, PerTensor())
 
 
 def test_batch_mse_decides_the_side_on_the_first_batch() -> None:
@@ -147,5 +173,9 @@ def test_weight_ranges(granularity: PerTensor | PerChannel, symmetric: bool) -> 
     np.testing.assert_allclose(high.numpy(), np.quantile(w.numpy(), 0.9, axes), rtol=1e-5)
     expected = mse_range_exhaustive(w, grid, symmetric, granularity)
     found = weight_range(w, WeightRecipe(observer="mse"), plan)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    expected = mse_shrink_range(w, grid, symmetric, granularity)
+    found = weight_range(w, WeightRecipe(observer="mse-shrink"), plan)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
