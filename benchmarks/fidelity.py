@@ -27,7 +27,8 @@ def compare(reference: Any, setting: str, data: Path, runs: Path, threads: int) 
     """One setting's figures."""
     weights, activations = setting[1], setting[3]
     recipe = load_recipe(CONFIG, [
-        "preset=qdrop-reference", f"model.weights={data / 'weights' / 'resnet20-12fca82f.th'}", f"data.root={data}",
+        "preset=qdrop-reference", "reconstruct.method=none",
+        f"model.weights={data / 'weights' / 'resnet20-12fca82f.th'}", f"data.root={data}",
         f"quant.weights.bits={weights}", f"quant.activations.bits={activations}", f"runs={runs}", f"threads={threads}",
     ])  # fmt: skip
     run = quantize(recipe)

@@ -23,6 +23,10 @@ class CalibQuantError(Exception):
         self.where, self.problem, self.mend = str(where), problem, mend
         super().__init__(" ".join(f"{where}: {problem}; {mend}".split()))
 
+    def __reduce__(self) -> tuple[type[CalibQuantError], tuple[str, str, str]]:
+        """So that it can be sent from one process to another."""
+        return type(self), (self.where, self.problem, self.mend)
+
 
 class RecipeError(CalibQuantError):
     """A recipe, an override or an argument is not valid."""

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.compare import compare
 from calibquant.cli.demo import demo
 from calibquant.cli.evaluate import evaluate
 from calibquant.cli.inspect import inspect
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, evaluate, inspect):
+for command in (demo, quantize, evaluate, inspect, compare):
     app.command()(command)
 
 

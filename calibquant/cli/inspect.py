@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_bytes, show_coverage, show_ranges, show_units
+from calibquant.cli.tables import show_bytes, show_coverage, show_errors, show_ranges, show_units
 
 
 def inspect(
@@ -28,13 +28,18 @@ def inspect(
     size, rows = size_of(model), record(model)
     if json:
         coverage = [asdict(row) for row in model.coverage()]
-        console.print_json({"run": str(path), "size": asdict(size), "coverage": coverage, "record": rows})
+        console.print_json({
+            "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows, "units": metrics["units"],
+            "feature_errors": metrics.get("feature_errors", []),
+        })  # fmt: skip
         return
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
     show_coverage(model)
     show_ranges(model)
     if metrics["units"]:
         show_units(metrics["units"])
+    if metrics.get("feature_errors"):  # runs of earlier versions have none
+        show_errors(metrics["feature_errors"])
     show_bytes(size, metrics["size"]["file"])
     quantized = metrics["quantized"]
     console.out.print(

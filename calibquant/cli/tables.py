@@ -33,17 +33,34 @@ def show_result(runs: Sequence[Run]) -> None:
     console.print_table(title, ["network", "weight bits", "size", "top-1 %", "agreement %", "95 % interval"], rows)
 
 
+def show_comparison(result: dict[str, Any]) -> None:
+    """The closing table of a comparison: mean ± sd of each method at each setting."""
+    from calibquant.studies.compare.markdown import facts, score_table
+
+    console.out.print(facts(result))
+    console.print_table("Mean ± sd (seeds)", *score_table(result))
+
+
 def show_units(units: Sequence[dict[str, Any]]) -> None:
     """What became of each reconstructed unit."""
     rows = [
         [
-            unit["unit"], f"{unit['loss_before']:.4g}", f"{unit['loss_after']:.4g}",
+            unit["unit"], unit["phase"], f"{unit['loss_before']:.4g}", f"{unit['loss_after']:.4g}",
             "kept" if unit["kept"] else "rolled back", f"{100 * unit['settled']:.0f}", f"{unit['seconds']:.1f}",
         ]
         for unit in units
     ]  # fmt: skip
-    header = ["unit", "loss before", "loss after", "result", "roundings settled %", "seconds"]
+    header = ["unit", "learned", "loss before", "loss after", "result", "roundings settled %", "seconds"]
     console.print_table("Reconstructed units", header, rows)
+
+
+def show_errors(errors: Sequence[dict[str, Any]]) -> None:
+    """How the error grows through the network, before and after reconstruction."""
+    rows = [[row["after"], console.percent(row["nearest"]), console.percent(row["reconstructed"])] for row in errors]
+    console.print_table(
+        "Relative feature error: |quantized - float| / |float| in percent, on calibration images",
+        ["after node", "nearest rounding", "reconstructed"], rows,
+    )  # fmt: skip
 
 
 def show_coverage(model: QuantModel) -> None:

@@ -23,10 +23,12 @@ class Progress:
     Args:
         reports: of the units done, in order.
         nearest: relative feature errors of the network before reconstruction; see `reconstruction.feature_errors`.
+        seconds: of the stages before reconstruction.
     """
 
     reports: list[UnitReport]
     nearest: dict[str, float]
+    seconds: dict[str, float]
 
 
 def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progress: Progress) -> None:
@@ -52,6 +54,7 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progres
         "images": sha256(manifest.encode()),
         "units": [asdict(report) for report in progress.reports],
         "nearest": progress.nearest,
+        "seconds": progress.seconds,
     })  # fmt: skip
     folder.remove(f"checkpoint-{done - 1:04d}.safetensors")
 
@@ -77,6 +80,7 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
         if sha256(data) != stored["sha256"]:
             raise ValueError("its hash is wrong")
         restore(model, load_safetensors(data))
-        return Progress([UnitReport(**row) for row in stored["units"]], dict(stored["nearest"]))
+        reports = [UnitReport(**row) for row in stored["units"]]
+        return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]))
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None

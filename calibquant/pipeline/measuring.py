@@ -52,18 +52,26 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     reporter = reporter or Silent()
     folder = open_run(path)
     recipe = run_recipe(folder, overrides)
-    set_threads(recipe.threads)
-    device = resolve_device(recipe.device)
     begin(reporter, 1, 2, f"Load {path}")
-    network: nn.Module = load_artifact(folder)
-    images = open_set(recipe, "evaluation")
-    if recipe.model.submodule is not None:
-        host = build(recipe)
-        _check_weights(folder, recipe)
-        network = mounted(host, recipe.model.submodule, network)
+    network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
-    result = measure(recipe, network, images, device, reporter)
+    result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
     return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+
+
+def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
+    """The quantized network of a run; a part is mounted in the recipe's float network.
+
+    Raises:
+        CalibQuantError: the run cannot be read, or the network around the part is not the run's.
+    """
+    set_threads(recipe.threads)
+    network = load_artifact(folder)
+    if recipe.model.submodule is None:
+        return network
+    host = build(recipe)
+    _check_weights(folder, recipe)
+    return mounted(host, recipe.model.submodule, network)
 
 
 def _check_weights(folder: RunFolder, recipe: Recipe) -> None:

@@ -55,10 +55,11 @@ class _Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, before: float = 0.0) -> Iterator[None]:
+        """Time a stage; `before` is what an interrupted run spent in it."""
         begin = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - begin, 3)
+        self.seconds[name] = round(before + time.perf_counter() - begin, 3)
 
 
 def quantize(
@@ -158,14 +159,16 @@ def _run(
                 _observe(recipe, prepared, model, device, reporter)
             model.to(device)  # ranges are found on the CPU
             with clock.stage("accumulation"):
-                progress = Progress([], _errors(recipe, prepared, model, device))
+                nearest = _errors(recipe, prepared, model, device)
+            progress = Progress([], nearest, dict(clock.seconds))
         else:
+            clock.seconds |= progress.seconds
             note(reporter, f"going on after {len(progress.reports)} reconstructed units")
             model.to(device)
         after = None
         if learning:
             begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
-            with clock.stage("reconstruct"):
+            with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
                 progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
                 after = _errors(recipe, prepared, model, device)
         begin(reporter, total - 2, total, "Evaluate the float network")

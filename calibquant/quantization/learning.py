@@ -92,7 +92,8 @@ def kept_values(x: Tensor, drop: float) -> Tensor:
     The share is met to the nearest 1/256: one random byte decides a value, which costs a quarter of a random float.
     """
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int32, device=x.device).random_(-(2**31), None)
-    return (words.view(torch.uint8)[: x.numel()].view(x.shape) >= min(255, round(drop * 256))).to(x.dtype)
+    values = words.view(torch.uint8)[: x.numel()].view(x.shape).to(x.dtype)
+    return values.ge_(min(255, round(drop * 256)))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -104,7 +105,7 @@ class _FakeQuantize(torch.autograd.Function):
         steps = x / scale
         codes = torch.round(steps).add_(zero_point)
         clipped = codes.clamp(grid.qmin, grid.qmax)
-        inside = (codes == clipped).to(x.dtype)
+        inside = codes.eq_(clipped)
         levels = clipped.sub_(zero_point)
         quantized = levels * scale
         by_scale = levels.addcmul_(steps, inside, value=-1)

@@ -165,8 +165,11 @@ def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> Non
     made = json.loads(command("quantize", "recipe.yaml", "--json"))
     target = str(Path(made["run"]) / file)
     text, result = command("inspect", target), json.loads(command("inspect", target, "--json"))
-    assert set(result) == {"run", "size", "coverage", "record"}
-    assert (Path(result["run"]), result["coverage"]) == (Path(made["run"]), made["coverage"])
+    assert set(result) == {"run", "size", "coverage", "record", "units", "feature_errors"}
+    for key in ("coverage", "units", "feature_errors"):
+        assert result[key] == made[key]
+    assert Path(result["run"]) == Path(made["run"])
+    assert all(row["after"] in text and f"{100 * row['nearest']:.2f}" in text for row in made["feature_errors"])
     assert result["size"] == {key: value for key, value in made["size"].items() if key != "file"}
     assert f"{made['size']['file']:,}" in text
     assert all(row["node"] in text for row in made["coverage"])

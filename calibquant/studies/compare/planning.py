@@ -1,0 +1,204 @@
+"""The plan of a comparison: methods × settings × seeds as cells, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args
+
+from calibquant.errors import RecipeError, nearest
+from calibquant.recipe import PRESETS, Bits, Recipe, load_recipe, make_recipe
+from calibquant.studies.compare.cells import Cell, essence
+
+Source = str | Path | Mapping[str, Any]
+WHERE = "calibquant compare"
+MOST_SEEDS = 100
+# Keys that the study itself sets, and by what.
+TAKEN = {"preset": "--methods", "quant.weights.bits": "--bits", "quant.activations.bits": "--bits"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison before it runs.
+
+    Args:
+        recipe: the recipe file; for fields given from Python, where they are stored.
+        overrides: of the recipe, without `seed=`.
+        methods: names of presets.
+        settings: such as W4A4.
+        seeds: of the runs.
+        baseline: the method that the others are tested against.
+        out: the folder that receives everything.
+        jobs: cells at a time.
+        cells: in the order in which they run, so that early results are already paired.
+    """
+
+    recipe: Path
+    overrides: tuple[str, ...]
+    methods: tuple[str, ...]
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    out: Path
+    jobs: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this study."""
+        seeds = ",".join(map(str, self.seeds)) + ("," if len(self.seeds) == 1 else "")
+        words = ["calibquant", "compare", str(self.recipe), *self.overrides, "--methods", ",".join(self.methods)]
+        words += ["--bits", ",".join(self.settings).lower(), "--seeds", seeds, "--baseline", self.baseline]
+        return shlex.join([*words, "--out", str(self.out), "--jobs", str(self.jobs)])
+
+
+def make_study(
+    recipe: Source,
+    methods: Sequence[str],
+    bits: Sequence[str],
+    seeds: int | Sequence[int],
+    baseline: str | None,
+    overrides: Sequence[str],
+    out: Path | None,
+    jobs: int,
+) -> Study:
+    """Plan a comparison; the arguments are those of `compare`.
+
+    Raises:
+        RecipeError: an argument is not valid, or methods do not differ with this recipe.
+    """
+    _check_overrides(overrides, listed=not isinstance(seeds, int))
+    base = _load(recipe, list(overrides))
+    _check_names("methods", methods)
+    for method in methods:
+        if method not in PRESETS:
+            raise RecipeError(f"{WHERE}, methods", f"'{method}' is unknown", nearest(method, PRESETS))
+    baseline = baseline or methods[0]
+    if baseline not in methods:
+        raise RecipeError(f"{WHERE}, baseline", f"'{baseline}' is not compared", nearest(baseline, methods))
+    settings = [_parse_setting(text) for text in bits]
+    _check_names("bits", [f"w{w}a{a}" for w, a in settings])
+    if jobs < 1:
+        raise RecipeError(f"{WHERE}, jobs", f"{jobs} cells at a time is no number of cells", "use 1 or more")
+    chosen = _parse_seeds(seeds, base.seed)
+    out = base.runs / "compare" if out is None else out
+    kept = [text for text in overrides if _key(text) != "seed"]
+    shared = list(kept)
+    if jobs > 1 and base.threads is None:
+        shared.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
+    cells = [
+        _cell(recipe, shared, out, method, weights, activations, seed)
+        for weights, activations in settings
+        for seed in chosen
+        for method in methods
+    ]
+    _check_methods(recipe, cells[: len(methods)])
+    return Study(
+        recipe=out / "recipe.yaml" if isinstance(recipe, Mapping) else Path(recipe),
+        overrides=tuple(kept),
+        methods=tuple(methods),
+        settings=tuple(f"W{weights}A{activations}" for weights, activations in settings),
+        seeds=chosen,
+        baseline=baseline,
+        out=out,
+        jobs=jobs,
+        cells=tuple(cells),
+    )
+
+
+def _load(source: Source, overrides: list[str]) -> Recipe:
+    if isinstance(source, Mapping):
+        return make_recipe(dict(source), overrides)
+    return load_recipe(source, overrides)
+
+
+def _cell(
+    source: Source, overrides: list[str], out: Path, method: str, weights: int, activations: int, seed: int
+) -> Cell:
+    fields = [f"preset={method}", f"quant.weights.bits={weights}", f"quant.activations.bits={activations}"]
+    recipe = _load(source, [*overrides, *fields, f"seed={seed}"])
+    folder = out / f"{method}-w{weights}a{activations}-seed{seed}"
+    return Cell(method, seed, recipe.model_copy(update={"runs": folder}))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _check_overrides(overrides: Sequence[str], listed: bool) -> None:
+    for text in overrides:
+        if _key(text) in TAKEN:
+            raise RecipeError(f"override '{text}'", f"{TAKEN[_key(text)]} sets this field", "leave the override out")
+        if _key(text) == "seed" and listed:
+            raise RecipeError(f"override '{text}'", "the seeds are listed already", "give seed= or a list of seeds")
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    """At least one, and none twice."""
+    if not names:
+        raise RecipeError(f"{WHERE}, {what}", "none is given", f"give at least one of {what}, separated by commas")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"{WHERE}, {what}", f"'{twice}' is given twice", "give each once")
+
+
+def _parse_setting(text: str) -> tuple[int, int]:
+    """Bits of weights and activations from a text such as w4a4."""
+    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise RecipeError(f"{WHERE}, bits", f"'{text}' is no setting", "write for example w4a4,w2a2")
+    allowed = get_args(Bits)
+    for number in map(int, match.groups()):
+        if number not in allowed:
+            mend = f"use {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
+            raise RecipeError(f"{WHERE}, bits", f"'{text}' asks for {number} bits, which no grid has", mend)
+    return int(match[1]), int(match[2])
+
+
+def _parse_seeds(seeds: int | Sequence[int], first: int) -> tuple[int, ...]:
+    """The seeds themselves from how many there are or from a list."""
+    if not isinstance(seeds, int):
+        _check_names("seeds", [str(seed) for seed in seeds])
+        if min(seeds) < 0:
+            raise RecipeError(f"{WHERE}, seeds", f"{min(seeds)} is negative", "use whole numbers from 0")
+        return tuple(seeds)
+    if not 1 <= seeds <= MOST_SEEDS:
+        mend = f"give 1 to {MOST_SEEDS}, or a list with a comma such as 1005,2005"
+        raise RecipeError(f"{WHERE}, seeds", f"{seeds} is no number of seeds", mend)
+    return tuple(range(first, first + seeds))
+
+
+def _check_methods(source: Source, cells: Sequence[Cell]) -> None:
+    """Each method does what its name says, and no two do the same: a field of the file wins over a preset's."""
+    where = "recipe" if isinstance(source, Mapping) else str(source)
+    for cell in cells:
+        if "reconstruct.method" in _hidden(cell):
+            problem = f"hides what the method '{cell.method}' does"
+            raise RecipeError(f"{where}, reconstruct.method", problem, "leave reconstruct.method out of the recipe")
+    for one, other in combinations(cells, 2):
+        if essence(one.recipe) == essence(other.recipe):
+            presets = _flat(PRESETS[one.method]), _flat(PRESETS[other.method])
+            hidden = sorted({*_hidden(one), *_hidden(other)})
+            fields = [name for name in hidden if presets[0].get(name) != presets[1].get(name)]
+            problem = f"the methods '{one.method}' and '{other.method}' are the same with it"
+            raise RecipeError(where, problem, f"leave {', '.join(fields) or 'one method'} out")
+
+
+def _hidden(cell: Cell) -> list[str]:
+    """Fields that the method's preset sets and the recipe or an override sets otherwise."""
+    effective = _flat(cell.recipe.model_dump())
+    preset = _flat(PRESETS[cell.method])
+    return [name for name, value in preset.items() if name not in TAKEN and effective[name] != value]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
