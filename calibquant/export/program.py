@@ -1,0 +1,360 @@
+"""The integer program: what an integer runtime executes, in the order in which it does.
+
+One list of steps serves the ONNX writer, the integer executor and the overflow audit. Activation functions that only
+limit values (ReLU, ReLU6) are gone: they have become limits of the codes, which is exact because rounding is monotone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from calibquant.errors import QuantizationError
+from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.numerics.grid import PerChannel
+from calibquant.quantization import QuantModel
+from calibquant.quantization.model import parameter_tensors
+
+QUANTIZE = "quantize"  # the only op of a program that is not canonical: float or codes in, codes on another grid out
+PRODUCTS = ("conv1d", "conv2d", "linear")
+INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """What an activation's codes mean: value = (code - zero_point) * scale.
+
+    Args:
+        scale: float32.
+        zero_point: a code.
+        bits: of the codes.
+        low, high: limits of the codes that the step which makes them keeps; within 0 … 2^bits - 1.
+    """
+
+    scale: np.float32
+    zero_point: int
+    bits: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerWeight:
+    """A weight as an integer kernel takes it: value = (codes - zero_point) * scale, per channel of `axis`.
+
+    Args:
+        name: of the parameter.
+        codes: on the grid, uint8 or int8, the parameter's shape.
+        zero_point: of each channel, int32 (C,); zeros for a signed grid.
+        scale: of each channel, float32 (C,).
+        bits: of the codes.
+        signed: whether the grid is signed.
+        axis: output-channel axis.
+    """
+
+    name: str
+    codes: npt.NDArray[Any]
+    zero_point: npt.NDArray[np.int32]
+    scale: npt.NDArray[np.float32]
+    bits: int
+    signed: bool
+    axis: int
+
+    @property
+    def centered(self) -> npt.NDArray[np.int8]:
+        """codes - zero_point, int8: what a kernel multiplies by."""
+        return (self.codes.astype(np.int32) - self.zero_point.reshape(self._shape)).astype(np.int8)
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """The float32 values that the simulation uses."""
+        return self.centered.astype(np.float32) * self.scale.reshape(self._shape)
+
+    @property
+    def _shape(self) -> list[int]:
+        shape = [1] * self.codes.ndim
+        shape[self.axis] = -1
+        return shape
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operation.
+
+    Args:
+        op: a canonical op, or `quantize`.
+        inputs: names of values, as the op's positional arguments: a name, None, or a tuple of names (cat). Parameters
+            are named too; None stands for `weight`, and for the bias of an integer product.
+        output: name of the value it makes, that of the graph node whose value it is.
+        attributes: the canonical op's keyword arguments.
+        grid: of the output; None for a float output.
+        weight: a quantized weight, in the place where the op takes its weight.
+        bias: of an integer product, int32 (C,), on the scale of its accumulator: input scale * weight scale.
+        on_codes: the op moves or selects codes, which keep their grid.
+        integer: an integer kernel computes it: products with int32 accumulators, and sums of two codes. All other
+            steps compute in float32 on dequantized inputs and round to `grid`, if there is one.
+    """
+
+    op: str
+    inputs: tuple[Any, ...]
+    output: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    grid: ActivationGrid | None = None
+    weight: IntegerWeight | None = None
+    bias: npt.NDArray[np.int32] | None = None
+    on_codes: bool = False
+    integer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A network in integers.
+
+    Args:
+        inputs: names of the float inputs.
+        steps: in execution order.
+        output: name of the result.
+        parameters: float32 or integer tensors that steps name.
+        notes: what was changed so that it runs, and what stays float, in words.
+    """
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    output: str
+    parameters: Mapping[str, npt.NDArray[Any]]
+    notes: tuple[str, ...]
+
+    @property
+    def grids(self) -> dict[str, ActivationGrid | None]:
+        """The grid of each value; None for float values."""
+        return {**dict.fromkeys(self.inputs), **{step.output: step.grid for step in self.steps}}
+
+
+def refusal(model: QuantModel) -> str | None:
+    """Why a network has no integer program, in words; None if it has one."""
+    if model.plan.placement != "integer":
+        return f"the {model.plan.placement} placement leaves inputs of convolutions and additions in float"
+    if any(quantizer.dynamic for quantizer in model.activation_quantizers.values()):
+        return "dynamic activation ranges are not stored"
+    wide = [q.name for q in model.quantizers if q.plan.grid.bits > 8]
+    if wide:
+        return f"{wide[0]} has 16 bits, for which integer kernels do not exist"
+    return None
+
+
+def make_program(model: QuantModel) -> Program:
+    """The integer program of a calibrated network.
+
+    Raises:
+        QuantizationError: it has none, see `refusal`; or a quantizer is not calibrated.
+    """
+    reason = refusal(model)
+    if reason is not None:
+        raise QuantizationError("integer program", reason, "quantize with quant.placement=integer and stored ranges")
+    return _Lowering(model).lower()
+
+
+class _Lowering:
+    """Walks through the graph once."""
+
+    def __init__(self, model: QuantModel) -> None:
+        self.model = model
+        self.steps: list[Step] = []
+        self.grids: dict[str, ActivationGrid | None] = {}
+        self.value: dict[fx.Node, str] = {}  # the name of each node's value
+        self.notes: list[str] = []
+        self.tensors = {name: tensor.detach().cpu() for name, tensor in parameter_tensors(model.teacher).items()}
+        self.weights = {name: _integer_weight(name, model) for name in model.weight_quantizers}
+
+    def lower(self) -> Program:
+        inputs, output = [], ""
+        for node in self.model.teacher.graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(node.name)
+                self.grids[node.name], self.value[node] = None, node.name
+                grid = self._grid(node)
+                if grid is not None:
+                    self.value[node] = self._quantized(node.name, grid, f"{node.name}.codes")
+            elif node.op == "output":
+                output = self.value[node.all_input_nodes[0]]
+            elif node.op == "call_function" and node not in self.value:
+                self._lower_op(node)
+        named = {name for step in self.steps for name in _flat(step.inputs)}
+        parameters = {name: tensor.numpy() for name, tensor in self.tensors.items() if name in named}
+        return Program(tuple(inputs), tuple(self.steps), output, parameters, tuple(self.notes))
+
+    def _lower_op(self, node: fx.Node) -> None:
+        op = op_of(node)
+        assert op is not None
+        last, grid = self._result(node)
+        if op.keeps_grid and last is node:
+            self._lower_move(node)
+        elif op.kind is Kind.CONCAT and grid is not None:
+            parts = [self._on_grid(n, grid, f"{self.value[n]}.{node.name}") for n in activations_of(node)]
+            self._add(Step(op.name, (tuple(parts),), last.name, node.kwargs, grid, on_codes=True))
+        else:
+            self._lower_computed(node, last.name, grid)
+        while last is not node:
+            self.value[last] = self.steps[-1].output
+            last = activations_of(last)[0]
+        self.value[node] = self.steps[-1].output
+
+    def _lower_move(self, node: fx.Node) -> None:
+        """An op that keeps its input's grid works on codes where there are any."""
+        inputs = self._inputs(node)
+        grid = self.grids[inputs[0]]
+        name = op_of(node).name  # type: ignore[union-attr]
+        self._add(Step(name, inputs, node.name, node.kwargs, grid, on_codes=grid is not None))
+        own = self._grid(node)
+        if own is not None:
+            self._quantized(node.name, own, f"{node.name}.codes")
+
+    def _lower_computed(self, node: fx.Node, output: str, grid: ActivationGrid | None) -> None:
+        op, inputs = op_of(node), list(self._inputs(node))
+        assert op is not None
+        source = [self.grids[self.value[n]] for n in activations_of(node)]
+        parameter = weight_of(node)
+        weight = None if parameter is None else self.weights.get(str(parameter.target))
+        bias = None
+        constant = op.bias is None or inputs[op.bias] is None or inputs[op.bias] in self.tensors
+        integer = None not in source and (
+            (op.name in PRODUCTS and weight is not None and constant and (grid is not None or op.name == "linear"))
+            or (op.name == "add" and grid is not None and len(source) == 2)
+        )
+        if weight is not None:
+            inputs[op.weight or 0] = None
+            if integer and op.bias is not None and inputs[op.bias] in self.tensors:
+                values = self.tensors[inputs[op.bias]].double().numpy()
+                weight, bias = self._fitted(node.name, weight, values, source[0])  # type: ignore[arg-type]
+                inputs[op.bias] = None
+        elif op.integer and not integer and op.kind is not Kind.POOL:
+            self.notes.append(f"{node.name} ({op.name}) is computed in float on dequantized inputs")
+        if weight is not None and not integer:
+            self.notes.append(
+                f"{node.name} ({op.name}) is computed in float, with its weight stored in {weight.bits} bits"
+            )
+        self._add(Step(op.name, tuple(inputs), output, node.kwargs, grid, weight, bias, integer=integer))
+
+    def _result(self, node: fx.Node) -> tuple[fx.Node, ActivationGrid | None]:
+        """Where a node's value is quantized, behind functions that only limit it; without a grid, the node itself."""
+        last, low, high = node, -math.inf, math.inf
+        while True:
+            grid = self._grid(last)
+            if grid is not None:
+                return last, _limited(grid, low, high)
+            reader = next(iter(last.users)) if len(last.users) == 1 else None
+            if reader is None:
+                return node, None
+            if kind_of(reader) is Kind.CONCAT and (grid := self._grid(reader)) is not None:
+                return last, _limited(grid, low, high)
+            limits = _limits(reader)
+            if limits is None:
+                return node, None
+            low, high = (min(max(value, limits[0]), limits[1]) for value in (low, high))
+            last = reader
+
+    def _fitted(
+        self, node: str, weight: IntegerWeight, bias: npt.NDArray[np.float64], grid: ActivationGrid
+    ) -> tuple[IntegerWeight, npt.NDArray[np.int32]]:
+        """The bias in int32; a channel whose sum might overflow gets a larger scale and smaller codes."""
+        reach = max(grid.high - grid.zero_point, grid.zero_point - grid.low)
+        magnitudes = np.abs(np.moveaxis(weight.centered, weight.axis, 0).reshape(len(bias), -1).astype(np.int64))
+        room = INT32 - magnitudes.sum(axis=1) * reach
+        steps = bias / (np.float64(grid.scale) * weight.scale)
+        if (np.abs(steps) > room).any():
+            needed = np.maximum(np.abs(steps) / room, 1.0)
+            scale = np.where(needed > 1, weight.scale * needed * (1 + 1e-6), weight.scale).astype(np.float32)
+            ratio = (weight.scale.astype(np.float64) / scale).reshape([-1, *[1] * (weight.codes.ndim - 1)])
+            zero = weight.zero_point.reshape(ratio.shape)
+            codes = (np.rint(weight.centered * ratio) + zero).astype(weight.codes.dtype)
+            weight = replace(weight, codes=np.where(ratio < 1, codes, weight.codes), scale=scale)
+            steps = bias / (np.float64(grid.scale) * scale)
+            self.notes.append(
+                f"{node}: the scales of {int((needed > 1).sum())} channels were raised so that the bias fits int32"
+            )
+        return weight, np.rint(steps).astype(np.int32)
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def _inputs(self, node: fx.Node) -> tuple[Any, ...]:
+        def name(argument: Any) -> Any:
+            if isinstance(argument, (list, tuple)):
+                return tuple(name(a) for a in argument)
+            if not isinstance(argument, fx.Node):
+                return argument
+            return str(argument.target) if argument.op == "get_attr" else self.value[argument]
+
+        return tuple(name(argument) for argument in node.args)
+
+    def _on_grid(self, source: fx.Node, grid: ActivationGrid, name: str) -> str:
+        """The value of a node on a grid: as it is, if it lies there already."""
+        value = self.value[source]
+        own = self.grids[value]
+        if own is not None and (own.scale, own.zero_point) == (grid.scale, grid.zero_point):
+            return value
+        return self._quantized(value, grid, name)
+
+    def _quantized(self, value: str, grid: ActivationGrid, name: str) -> str:
+        if name not in self.grids:
+            self._add(Step(QUANTIZE, (value,), name, grid=grid))
+        return name
+
+    def _grid(self, node: fx.Node) -> ActivationGrid | None:
+        quantizer = self.model.activation_quantizers.get(node.name)
+        if quantizer is None:
+            return None
+        scale, zero_point = quantizer.get()
+        grid = quantizer.plan.grid
+        return ActivationGrid(np.float32(scale.item()), int(zero_point), grid.bits, grid.qmin, grid.qmax)
+
+    def _add(self, step: Step) -> None:
+        self.steps.append(step)
+        self.grids[step.output] = step.grid
+
+
+def _limits(node: fx.Node) -> tuple[float, float] | None:
+    """The limits of a function that only limits its input; None for any other node."""
+    op = op_of(node)
+    if op is None or op.name not in ("relu", "clamp"):
+        return None
+    low, high = (0.0, None) if op.name == "relu" else (node.kwargs["low"], node.kwargs["high"])
+    return -math.inf if low is None else low, math.inf if high is None else high  # type: ignore[return-value]
+
+
+def _limited(grid: ActivationGrid, low: float, high: float) -> ActivationGrid:
+    """A grid whose codes stay where values within the limits are rounded to.
+
+    round is monotone, so limiting codes gives what rounding limited values would.
+    """
+    ends = [
+        end if math.isinf(value) else min(max(_code(value, grid), grid.low), grid.high)
+        for value, end in ((low, grid.low), (high, grid.high))
+    ]
+    return replace(grid, low=ends[0], high=ends[1])
+
+
+def _code(value: float, grid: ActivationGrid) -> int:
+    return int(np.rint(np.float32(value) / grid.scale)) + grid.zero_point
+
+
+def _integer_weight(name: str, model: QuantModel) -> IntegerWeight:
+    q = model.weight_quantizers[name].get()
+    axis = q.granularity.axis if isinstance(q.granularity, PerChannel) else 0
+    channels = q.codes.shape[axis]
+    scale = q.scale.detach().cpu().reshape(-1).expand(channels) if q.scale.dim() == 0 else q.scale.detach().cpu()
+    zero = q.zero_point.cpu().reshape(-1).expand(channels) if q.zero_point.dim() == 0 else q.zero_point.cpu()
+    return IntegerWeight(
+        name, q.codes.cpu().numpy(), zero.numpy().astype(np.int32), scale.numpy(), q.grid.bits, q.grid.signed, axis
+    )
+
+
+def _flat(inputs: Any) -> list[str]:
+    """All names among a step's inputs."""
+    if isinstance(inputs, tuple):
+        return [name for item in inputs for name in _flat(item)]
+    return [inputs] if isinstance(inputs, str) else []
