@@ -13,6 +13,7 @@ from calibquant.recipe import REGULARIZER
 from calibquant.zoo.cifar_resnet import CifarResNet
 from calibquant.zoo.digits import digits_resnet
 from calibquant.zoo.mobilenet import MobileNetV2
+from calibquant.zoo.resnet import BasicBlock, Bottleneck, ResNet
 from calibquant.zoo.squeezenet import SqueezeNet
 
 
@@ -73,6 +74,17 @@ _ZOO |= {
     ),
     "squeezenet1_1": Entry(SqueezeNet, (3, 224, 224), {"num_classes": _CLASSES}),
     "digits_resnet": Entry(digits_resnet, (1, 16, 16), {"num_classes": _CLASSES}),
+}
+_RESNETS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+_ZOO |= {
+    f"resnet{depth}": Entry(partial(ResNet, *design), (3, 224, 224), {"num_classes": _CLASSES})
+    for depth, design in _RESNETS.items()
 }
 
 

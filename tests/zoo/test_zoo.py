@@ -20,6 +20,11 @@ PUBLISHED_SIZES = {
     "mobilenet_v2": 3_504_872,
     "squeezenet1_1": 1_235_496,
     "digits_resnet": 77_754,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
 }
 
 
@@ -39,6 +44,23 @@ def test_output_shape_and_symbolic_trace(name: str) -> None:
         traced = fx.symbolic_trace(network)(x)
     assert y.shape == (2, 7)
     assert torch.equal(y, traced)
+
+
+def test_resnet_keys_are_torchvisions() -> None:
+    """Counts of torchvision's state_dicts, and keys of each kind."""
+    counts = {"resnet18": 122, "resnet34": 218, "resnet50": 320, "resnet101": 626, "resnet152": 932}
+    for name, count in counts.items():
+        assert len(zoo.build(name).state_dict()) == count
+    state = zoo.build("resnet50").state_dict()
+    shapes = {
+        "conv1.weight": (64, 3, 7, 7), "layer1.0.downsample.0.weight": (256, 64, 1, 1), "bn1.running_var": (64,),
+        "layer2.0.conv2.weight": (128, 128, 3, 3), "layer2.0.downsample.1.bias": (512,), "fc.weight": (1000, 2048),
+        "layer4.2.conv3.weight": (2048, 512, 1, 1),
+    }  # fmt: skip
+    assert {key: tuple(state[key].shape) for key in shapes} == shapes
+    assert "layer1.1.downsample.0.weight" not in state
+    block = zoo.build("resnet50").layer2[0]  # type: ignore[union-attr, index]
+    assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
 
 
 def test_mobilenet_width_follows_the_published_rounding() -> None:
