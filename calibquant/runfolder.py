@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +78,43 @@ class RunFolder:
     def seal(self, receipt: dict[str, Any]) -> None:
         """Write the receipt: the given facts, the format version and the hash of every lasting file in the folder."""
         passing = (RECEIPT, "log.txt", ".", "checkpoint")
-        lasting = [p for p in sorted(self.path.iterdir()) if not p.name.startswith(passing)]
+        lasting = [p for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(passing)]
         files = {p.name: sha256(p.read_bytes()) for p in lasting}
         self.write_json(RECEIPT, {"format_version": FORMAT_VERSION, **receipt, "files": files})
+
+    def add(self, files: Mapping[str, bytes]) -> None:
+        """Add files to a sealed run, or replace some; whenever this is interrupted, `open_run` accepts the run.
+
+        The receipt disowns what will change before it does, and names the new hashes when all is there. The run keeps
+        its place among the newest.
+
+        Raises:
+            RunFolderError: the disk is full or the folder cannot be written; no new file is left then.
+        """
+        receipt = self.read_json(RECEIPT)
+        before = (self.path / RECEIPT).stat().st_mtime_ns
+        hashes = {name: sha256(data) for name, data in files.items()}
+        changing = [name for name, digest in hashes.items() if receipt["files"].get(name) != digest]
+        staged = {name: self.path / f".{name}.{os.getpid()}.tmp" for name in changing}
+        placed: list[Path] = []
+        try:
+            self.remove(".*.tmp")  # what a kill left
+            for name, temporary in staged.items():
+                write_atomic(temporary, files[name])
+            kept = {name: digest for name, digest in receipt["files"].items() if name not in changing}
+            if len(kept) < len(receipt["files"]):
+                self._write_receipt({**receipt, "files": kept}, before)
+            for name, temporary in staged.items():
+                placed.append(temporary.replace(self.path / name))
+            if changing:
+                self._write_receipt({**receipt, "files": dict(sorted((kept | hashes).items()))}, before)
+        except (OSError, RunFolderError) as error:
+            for path in [*placed, *staged.values()]:
+                path.unlink(missing_ok=True)
+            raise error if isinstance(error, RunFolderError) else disk_error(error, self.path) from error
+
+    def _write_receipt(self, receipt: dict[str, Any], modified: int) -> None:
+        os.utime(self.write_json(RECEIPT, receipt), ns=(modified, modified))
 
 
 @contextmanager

@@ -172,3 +172,84 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     make_folder(tmp_path / "a/b")
     make_folder(tmp_path / "a/b")
     assert (tmp_path / "a/b").is_dir()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing but the process's own clean-up by the file system follows."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """End the process, as it were, at the n-th renaming."""
+    replace, done = Path.replace, iter(range(call))
+
+    def killed(self: Path, target: Path) -> Path:
+        if next(done, None) is None:
+            raise Killed
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+
+
+def test_files_are_added_to_a_run_and_replaced(tmp_path: Path) -> None:
+    first, run = make(tmp_path, **{"a.txt": "a"}), make(tmp_path, **{"a.txt": "a", "b.txt": "b"})
+    os.utime(first / "receipt.json", ns=(0, 10**18))
+    os.utime(run / "receipt.json", ns=(0, 9 * 10**17))
+    open_run(run).add({"c.txt": b"c", "a.txt": b"new"})
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert receipt["seed"] == 1
+    assert receipt["files"] == {n: sha256(d) for n, d in (("a.txt", b"new"), ("b.txt", b"b"), ("c.txt", b"c"))}
+    assert [open_run(run).read(f"{n}.txt") for n in "abc"] == [b"new", b"b", b"c"]
+    assert newest_run(tmp_path) == first, "an export makes no run newer"
+    before = (run / "receipt.json").stat().st_ino
+    open_run(run).add({"c.txt": b"c"})
+    assert (run / "receipt.json").stat().st_ino == before, "what is there already is not written again"
+    assert names(run) == ["a.txt", "b.txt", "c.txt", "receipt.json"]
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_run_is_accepted_whenever_adding_is_killed(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path, **{"a.txt": "a", "b.txt": "b"})
+    kill_at(monkeypatch, call)
+    with pytest.raises(Killed):
+        open_run(run).add({"a.txt": b"new", "c.txt": b"c"})
+    monkeypatch.undo()
+    folder = open_run(run)
+    listed = folder.read_json("receipt.json")["files"]
+    assert "b.txt" in listed
+    if "c.txt" in listed:
+        assert (folder.read("a.txt"), folder.read("c.txt")) == (b"new", b"c")
+    folder.add({"a.txt": b"new", "c.txt": b"c"})
+    if "c.txt" not in listed:
+        assert names(run) == ["a.txt", "b.txt", "c.txt", "receipt.json"], "what the kill left is gone"
+    assert open_run(run).read("c.txt") == b"c"
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_full_disk_leaves_no_added_file(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path, **{"b.txt": "b"})
+    fsync, done = os.fsync, iter(range(call))
+
+    def full(descriptor: int) -> None:
+        if next(done, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    if call > 2:  # two files and the receipt
+        open_run(run).add({"a.txt": b"a", "c.txt": b"c"})
+        return
+    with pytest.raises(RunFolderError, match="No space left on device"):
+        open_run(run).add({"a.txt": b"a", "c.txt": b"c"})
+    monkeypatch.undo()
+    assert names(run) == ["b.txt", "receipt.json"]
+    open_run(run)
+
+
+def test_a_folder_inside_a_run_is_not_sealed(tmp_path: Path) -> None:
+    with new_run(tmp_path, "net") as folder:
+        (folder.path / "vectors").mkdir()
+        folder.write("a.txt", "a")
+        folder.seal({})
+    assert list(open_run(tmp_path / "net-001").read_json("receipt.json")["files"]) == ["a.txt"]

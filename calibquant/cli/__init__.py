@@ -7,9 +7,11 @@ import sys
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.bench import bench
 from calibquant.cli.compare import compare
 from calibquant.cli.demo import demo
 from calibquant.cli.evaluate import evaluate
+from calibquant.cli.export import export
 from calibquant.cli.inspect import inspect
 from calibquant.cli.quantize import quantize
 from calibquant.errors import CalibQuantError
@@ -22,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, evaluate, inspect, compare):
+for command in (demo, quantize, evaluate, inspect, compare, export, bench):
     app.command()(command)
 
 

@@ -8,34 +8,45 @@ from typing import Annotated, Any
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.tables import show_deployed
+from calibquant.cli.targets import run_and_overrides
 
 
 def evaluate(
     target: Annotated[
-        Path | None, typer.Argument(help="Run folder, or a recipe for its float network. Default: the newest run.")
+        Path | None,
+        typer.Argument(help="Run folder, a recipe for its float network, or an ONNX file. Default: the newest run."),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. data.root=…")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="For an ONNX file: names its images. Default: recipe.yaml beside it.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
-    """Measure a saved quantized network, or a recipe's float network, without quantizing again."""
+    """Measure a saved quantized network, a recipe's float network or an ONNX file, without quantizing again."""
     from calibquant import pipeline
+    from calibquant.errors import RecipeError
+    from calibquant.pipeline.deployed import evaluate_onnx
     from calibquant.recipe import load_recipe
-    from calibquant.runfolder import newest_run
 
-    if target is not None and "=" in str(target) and not target.exists():
-        target, overrides = None, [str(target), *(overrides or [])]
-    if target is None:
-        target = newest_run(runs)
+    path, keys = run_and_overrides(target, overrides, runs)
+    if recipe is not None and path.suffix != ".onnx":
+        raise RecipeError("calibquant evaluate, --recipe", "is for an ONNX file", "leave it out")
     with console.reporting(json) as reporter:
-        if target.suffix in (".yaml", ".yml"):
-            result = pipeline.evaluate_float(load_recipe(target, overrides), reporter)
+        if path.suffix in (".yaml", ".yml"):
+            result = pipeline.evaluate_float(load_recipe(path, keys), reporter)
+        elif path.suffix == ".onnx":
+            result = evaluate_onnx(path, recipe, keys, reporter)
         else:
-            result = pipeline.evaluate_run(target, overrides or [], reporter)
+            result = pipeline.evaluate_run(path, keys, reporter)
     if json:
         console.print_json(result)
         return
-    console.out.print(f"{target}")
+    console.out.print(f"{path}")
+    if "deployed" in result:
+        show_deployed(result, path.name)
+        return
     _show_scores("float" if "float" in result else str(result["setting"]), result.get("float") or result["quantized"])
 
 

@@ -9,28 +9,34 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_bytes, show_coverage, show_errors, show_ranges, show_units
+from calibquant.cli.tables import show_bytes, show_coverage, show_errors, show_onnx, show_ranges, show_units
 
 
 def inspect(
-    target: Annotated[Path | None, typer.Argument(help="Run folder, or a file in it. Default: the newest run.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(help="Run folder, a file in it, or an ONNX file. Default: the newest run.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
-    """Show what is inside a run: bits of every node, bytes, ranges, and what stays float."""
+    """Show what is inside a run or an ONNX file: bits, bytes, ranges, and what stays float."""
     from calibquant.export.artifact import load_artifact, size_of
     from calibquant.export.record import record
     from calibquant.runfolder import newest_run, open_run
 
+    if target is not None and target.suffix == ".onnx":
+        _inspect_onnx(target, json)
+        return
     path = newest_run(runs) if target is None else target.parent if target.is_file() else target
     folder = open_run(path)
     model, metrics, receipt = load_artifact(folder), folder.read_json("metrics.json"), folder.read_json("receipt.json")
     size, rows = size_of(model), record(model)
+    files = {name: (path / name).stat().st_size for name in receipt["files"] if name.endswith(".onnx")}
     if json:
         coverage = [asdict(row) for row in model.coverage()]
         console.print_json({
             "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows, "units": metrics["units"],
-            "feature_errors": metrics.get("feature_errors", []),
+            "feature_errors": metrics.get("feature_errors", []), "onnx": files,
         })  # fmt: skip
         return
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
@@ -40,10 +46,20 @@ def inspect(
         show_units(metrics["units"])
     if metrics.get("feature_errors"):  # runs of earlier versions have none
         show_errors(metrics["feature_errors"])
-    show_bytes(size, metrics["size"]["file"])
+    show_bytes(size, {"model.safetensors": metrics["size"]["file"], **files})
     quantized = metrics["quantized"]
     console.out.print(
         f"top-1 {console.percent(metrics['float']['top1'])} float, {console.percent(quantized['top1'])} quantized, "
         f"agreement {console.percent(quantized['agreement'])} on {quantized['count']} {metrics['evaluated_on']}; "
         f"calibquant {receipt['versions']['calibquant']}, seed {receipt['seed']}"
     )
+
+
+def _inspect_onnx(path: Path, json: bool) -> None:
+    from calibquant.export.onnx_content import read_onnx
+
+    content = read_onnx(path)
+    if json:
+        console.print_json({"file": str(path), **content.to_dict()})
+        return
+    show_onnx(path, content)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibquant.cli import console
 
 if TYPE_CHECKING:
     from calibquant.export.artifact import Size
+    from calibquant.export.onnx_content import OnnxContent
     from calibquant.pipeline import Run
     from calibquant.quantization import QuantModel
 
@@ -87,14 +89,130 @@ def show_ranges(model: QuantModel) -> None:
     console.print_table("Activation ranges", ["quantizer", "bits", "scale", "zero point", "role"], rows)
 
 
-def show_bytes(size: Size, file: int) -> None:
-    """What the parts of the artifact take."""
+def show_bytes(size: Size, files: dict[str, int]) -> None:
+    """What the parts of the artifact take, and the files of the run that hold the network."""
     rows = [
         ["weights' codes", size.codes],
         ["scales and zero points", size.scales],
         ["float32 remainder (biases, unfolded norms)", size.remainder],
         ["all tensors", size.packed],
-        ["file", file],
         ["as float32", size.float32],
+        *files.items(),
     ]
     console.print_table("Bytes", ["part", "bytes"], [[str(part), f"{count:,}"] for part, count in rows])
+
+
+def show_export(result: dict[str, Any]) -> None:
+    """The closing table of an export: files, parity, what was left out and changed, accumulators."""
+    rows = [
+        [row["file"], f"{row['bytes']:,}", "–" if row["opset"] is None else str(row["opset"]), f"{row['of_float']:.3f}"]
+        for row in result["files"]
+    ]
+    if "vectors" in result:
+        rows.append([f"{result['vectors']}/", "–", "–", "–"])
+    console.print_table("Files", ["file", "bytes", "opset", "of float"], rows)
+    if "parity" in result:
+        _show_parity(result)
+    for name, reason in result.get("left_out", {}).items():
+        console.out.print(f"{name} is left out: {reason}")
+    for text in result.get("notes", ()):
+        console.out.print(f"Note: {text}")
+    if result.get("audit"):
+        _show_audit(result["audit"])
+
+
+def _show_parity(result: dict[str, Any]) -> None:
+    parity = result["parity"]
+    rows = []
+    for file in parity["files"]:
+        flips = file["flips"]
+        changed = "–" if file["decisions"] is None else f"{len(flips)} of {file['decisions']}"
+        rows.append([
+            file["file"], file["against"], f"{file['relative']:.1e}", changed,
+            "–" if not flips else f"{sum(flip['within'] for flip in flips)} of {len(flips)}",
+        ])  # fmt: skip
+    title = f"Parity in ONNX Runtime {parity['runtime']} on {parity['images']} {result['of']}"
+    header = ["file", "against", "largest difference", "decisions changed", "of these within the logit error"]
+    console.print_table(title, header, rows)
+    for other in ("simulation", "executor"):
+        if parity[other]:
+            console.out.print(_code_line(parity[other], other, parity["approximate"]))
+
+
+def _code_line(rows: Sequence[dict[str, Any]], other: str, approximate: Sequence[str]) -> str:
+    total, differing = sum(row["count"] for row in rows), sum(row["differing"] for row in rows)
+    text = f"deploy.onnx and the {other}: {differing:,} of {total:,} codes differ"
+    if differing:
+        worst = max(rows, key=lambda row: row["largest"])
+        text += f", by up to {worst['largest']} steps ({worst['step']})"
+    if other == "executor" and approximate:
+        text += f"; {len(approximate)} steps need not be equal"
+    return text
+
+
+def _show_audit(audit: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        [
+            row["step"], row["op"], str(row["products"]), f"{row['largest']:,}", str(row["bits"]),
+            "none" if row["fits"] is None else f"int{row['fits']}",
+        ]
+        for row in audit
+    ]  # fmt: skip
+    header = ["layer", "op", "products", "largest sum", "bits", "fits"]
+    console.print_table("Accumulators in the worst case", header, rows)
+    narrow, wide = (sum((row["fits"] or 64) <= width for row in audit) for width in (16, 32))
+    console.out.print(f"{narrow} of {len(audit)} layers fit int16 accumulators, {wide} int32")
+
+
+def show_onnx(path: Path, content: OnnxContent) -> None:
+    """What is inside an ONNX file."""
+    console.out.print(
+        f"{path}: {content.bytes:,} bytes, opset {content.opset}, IR {content.ir}, by {content.producer or 'unknown'}"
+    )
+    console.print_table("Nodes", ["op", "count"], [[op, str(count)] for op, count in content.nodes.items()])
+    rows = [[t.type, str(t.count), f"{t.values:,}", f"{t.bytes:,}"] for t in content.tensors]
+    console.print_table("Stored tensors", ["type", "count", "values", "bytes"], rows)
+    if content.activation_bits:
+        limits = ", ".join(f"{count} of {bits} bits" for bits, count in content.activation_bits.items())
+        console.out.print(f"Quantized activations: {limits}")
+    console.out.print(f"Convolutions and products on quantized inputs and weights: {content.integer}")
+    if content.stays_float:
+        console.out.print(f"Stays float: {', '.join(content.stays_float)}")
+    for text in content.notes:
+        console.out.print(f"Note: {text}")
+
+
+def show_deployed(result: dict[str, Any], name: str) -> None:
+    """The accuracy of an exported file, beside that of the float network and of the simulation."""
+    columns = {
+        title: result[key]
+        for key, title in (("float", "float"), ("quantized", "simulated"), ("deployed", name))
+        if result.get(key) is not None
+    }
+    rows = [["images", *(str(scores["count"]) for scores in columns.values())]]
+    for key, title in (("top1", "top-1 %"), ("top5", "top-5 %"), ("agreement", "agreement with float %")):
+        if any(scores[key] is not None for scores in columns.values()):
+            rows.append([title, *(console.percent(scores[key]) for scores in columns.values())])
+    losses = ["–" if scores["loss"] is None else f"{scores['loss']:.4f}" for scores in columns.values()]
+    rows.append(["loss", *losses])
+    if "agreement_with_simulation" in result:
+        ends = [*["–"] * (len(columns) - 1), console.percent(result["agreement_with_simulation"])]
+        rows.append(["agreement with the simulation %", *ends])
+    console.print_table("Accuracy", ["measure", *columns], rows)
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """Latency and throughput."""
+    rows = [
+        [
+            t["network"], str(t["threads"]), str(t["batch"]), f"{t['milliseconds']:.3f}",
+            f"{t['images_per_second']:.1f}", f"{t['ratio']:.2f} ({t['ratio_low']:.2f}–{t['ratio_high']:.2f})",
+            console.kilobytes(t["bytes"]),
+        ]
+        for t in result["timings"]
+    ]  # fmt: skip
+    title = f"{result['run']}, ONNX Runtime {result['runtime']}, medians of {result['rounds']} rounds (quartiles)"
+    header = ["network", "threads", "batch", "ms", "images/s", "times float", "size"]
+    console.print_table(title, header, rows)
+    for text in result["notes"]:
+        console.out.print(f"Note: {text}")

@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import fx
 
 from calibquant.errors import QuantizationError
-from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization import QuantModel
+from calibquant.quantization.biases import bias_step, kernel_shift, scale_factors, with_larger_scale
 from calibquant.quantization.model import parameter_tensors
 
 QUANTIZE = "quantize"  # the only op of a program that is not canonical: float or codes in, codes on another grid out
-PRODUCTS = ("conv1d", "conv2d", "linear")
-INT32 = 2**31 - 1
+PRODUCTS = tuple(op.name for op in OPS.values() if op.accumulates)
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ class ActivationGrid:
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """A weight as an integer kernel takes it: value = (codes - zero_point) * scale, per channel of `axis`.
+    """A weight as an integer kernel takes it: value = (codes - zero_point) * 2^shift * scale, per channel of `axis`.
 
     Args:
         name: of the parameter.
         codes: on the grid, uint8 or int8, the parameter's shape.
         zero_point: of each channel, int32 (C,); zeros for a signed grid.
-        scale: of each channel, float32 (C,).
+        scale: of each channel, float32 (C,): the quantizer's divided by 2^shift.
         bits: of the codes.
         signed: whether the grid is signed.
         axis: output-channel axis.
+        shift: see `quantization.biases.kernel_shift`.
     """
 
     name: str
@@ -65,11 +68,13 @@ class IntegerWeight:
     bits: int
     signed: bool
     axis: int
+    shift: int
 
     @property
     def centered(self) -> npt.NDArray[np.int8]:
-        """codes - zero_point, int8: what a kernel multiplies by."""
-        return (self.codes.astype(np.int32) - self.zero_point.reshape(self._shape)).astype(np.int8)
+        """(codes - zero_point) * 2^shift, int8: what a kernel multiplies by."""
+        centered = self.codes.astype(np.int32) - self.zero_point.reshape(self._shape)
+        return (centered << self.shift).astype(np.int8)
 
     def values(self) -> npt.NDArray[np.float32]:
         """The float32 values that the simulation uses."""
@@ -169,7 +174,8 @@ class _Lowering:
         self.value: dict[fx.Node, str] = {}  # the name of each node's value
         self.notes: list[str] = []
         self.tensors = {name: tensor.detach().cpu() for name, tensor in parameter_tensors(model.teacher).items()}
-        self.weights = {name: _integer_weight(name, model) for name in model.weight_quantizers}
+        self.weights = {name: _integer_weight(name, q.get()) for name, q in model.weight_quantizers.items()}
+        self.biases = model.biases()
 
     def lower(self) -> Program:
         inputs, output = [], ""
@@ -221,17 +227,21 @@ class _Lowering:
         parameter = weight_of(node)
         weight = None if parameter is None else self.weights.get(str(parameter.target))
         bias = None
-        constant = op.bias is None or inputs[op.bias] is None or inputs[op.bias] in self.tensors
+        exact = op.bias is None or inputs[op.bias] is None or node.name in self.biases
         integer = None not in source and (
-            (op.name in PRODUCTS and weight is not None and constant and (grid is not None or op.name == "linear"))
+            (op.accumulates and weight is not None and exact and (grid is not None or op.name == "linear"))
             or (op.name == "add" and grid is not None and len(source) == 2)
         )
         if weight is not None:
             inputs[op.weight or 0] = None
-            if integer and op.bias is not None and inputs[op.bias] in self.tensors:
-                values = self.tensors[inputs[op.bias]].double().numpy()
-                weight, bias = self._fitted(node.name, weight, values, source[0])  # type: ignore[arg-type]
+            if integer and op.bias is not None and inputs[op.bias] is not None:
+                weight, bias = self._with_bias(node)
                 inputs[op.bias] = None
+            elif node.name in self.biases:  # computed in float, with the bias that the simulation has
+                name = f"{node.name}.bias"
+                rounding = self.model.simulation.get_submodule(f"bias_roundings.{node.name}")
+                self.tensors[name] = rounding(self.biases[node.name][2]).cpu()
+                inputs[op.bias or 0] = name
         elif op.integer and not integer and op.kind is not Kind.POOL:
             self.notes.append(f"{node.name} ({op.name}) is computed in float on dequantized inputs")
         if weight is not None and not integer:
@@ -258,26 +268,17 @@ class _Lowering:
             low, high = (min(max(value, limits[0]), limits[1]) for value in (low, high))
             last = reader
 
-    def _fitted(
-        self, node: str, weight: IntegerWeight, bias: npt.NDArray[np.float64], grid: ActivationGrid
-    ) -> tuple[IntegerWeight, npt.NDArray[np.int32]]:
-        """The bias in int32; a channel whose sum might overflow gets a larger scale and smaller codes."""
-        reach = max(grid.high - grid.zero_point, grid.zero_point - grid.low)
-        magnitudes = np.abs(np.moveaxis(weight.centered, weight.axis, 0).reshape(len(bias), -1).astype(np.int64))
-        room = INT32 - magnitudes.sum(axis=1) * reach
-        steps = bias / (np.float64(grid.scale) * weight.scale)
-        if (np.abs(steps) > room).any():
-            needed = np.maximum(np.abs(steps) / room, 1.0)
-            scale = np.where(needed > 1, weight.scale * needed * (1 + 1e-6), weight.scale).astype(np.float32)
-            ratio = (weight.scale.astype(np.float64) / scale).reshape([-1, *[1] * (weight.codes.ndim - 1)])
-            zero = weight.zero_point.reshape(ratio.shape)
-            codes = (np.rint(weight.centered * ratio) + zero).astype(weight.codes.dtype)
-            weight = replace(weight, codes=np.where(ratio < 1, codes, weight.codes), scale=scale)
-            steps = bias / (np.float64(grid.scale) * scale)
-            self.notes.append(
-                f"{node}: the scales of {int((needed > 1).sum())} channels were raised so that the bias fits int32"
-            )
-        return weight, np.rint(steps).astype(np.int32)
+    def _with_bias(self, node: fx.Node) -> tuple[IntegerWeight, npt.NDArray[np.int32]]:
+        """The weight and the bias in int32; where that does not fit yet, the weight with larger scales."""
+        source, quantizer, values = self.biases[node.name]
+        weight = quantizer.get()
+        factors = scale_factors(weight, values, source)
+        if (factors > 1).any():
+            weight = with_larger_scale(weight, factors)
+            count = int((factors > 1).sum())
+            self.notes.append(f"{node.name}: the scales of {count} channels were raised so that the bias fits int32")
+        steps = torch.round(values / bias_step(source.get()[0], weight.scale, weight.grid.bits))
+        return _integer_weight(quantizer.name, weight), steps.double().cpu().numpy().astype(np.int32)
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -320,7 +321,7 @@ class _Lowering:
 def _limits(node: fx.Node) -> tuple[float, float] | None:
     """The limits of a function that only limits its input; None for any other node."""
     op = op_of(node)
-    if op is None or op.name not in ("relu", "clamp"):
+    if op is None or not op.limits:
         return None
     low, high = (0.0, None) if op.name == "relu" else (node.kwargs["low"], node.kwargs["high"])
     return -math.inf if low is None else low, math.inf if high is None else high  # type: ignore[return-value]
@@ -342,15 +343,14 @@ def _code(value: float, grid: ActivationGrid) -> int:
     return int(np.rint(np.float32(value) / grid.scale)) + grid.zero_point
 
 
-def _integer_weight(name: str, model: QuantModel) -> IntegerWeight:
-    q = model.weight_quantizers[name].get()
+def _integer_weight(name: str, q: QTensor) -> IntegerWeight:
     axis = q.granularity.axis if isinstance(q.granularity, PerChannel) else 0
     channels = q.codes.shape[axis]
-    scale = q.scale.detach().cpu().reshape(-1).expand(channels) if q.scale.dim() == 0 else q.scale.detach().cpu()
-    zero = q.zero_point.cpu().reshape(-1).expand(channels) if q.zero_point.dim() == 0 else q.zero_point.cpu()
-    return IntegerWeight(
-        name, q.codes.cpu().numpy(), zero.numpy().astype(np.int32), scale.numpy(), q.grid.bits, q.grid.signed, axis
-    )
+    scale, zero_point = (value.detach().cpu().reshape(-1).expand(channels).numpy() for value in (q.scale, q.zero_point))
+    shift = kernel_shift(q.grid.bits)
+    scale = scale * np.float32(2.0**-shift)
+    codes = q.codes.cpu().numpy()
+    return IntegerWeight(name, codes, zero_point.astype(np.int32), scale, q.grid.bits, q.grid.signed, axis, shift)
 
 
 def _flat(inputs: Any) -> list[str]:

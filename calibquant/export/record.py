@@ -36,7 +36,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
                 "scale": q.scale.reshape(-1).tolist(),
                 "zero_point": q.zero_point.reshape(-1).tolist(),
             },
-            "input": _grid(_quantizer_before(model, activations_of(node)[0])),
+            "input": _grid(model.quantizer_before(activations_of(node)[0])),
             "output": _grid(_quantizer_after(model, node)),
         })  # fmt: skip
     return rows
@@ -80,16 +80,6 @@ def _grid(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
         "scale": quantizer.scale.item(),
         "zero_point": int(quantizer.zero_point.item()),
     }
-
-
-def _quantizer_before(model: QuantModel, node: fx.Node) -> ActivationQuantizer | None:
-    """The quantizer whose grid the values of `node` lie on."""
-    while node.name not in model.activation_quantizers:
-        op = op_of(node)
-        if op is None or not op.keeps_grid:
-            return None
-        node = activations_of(node)[0]
-    return model.activation_quantizers[node.name]
 
 
 def _quantizer_after(model: QuantModel, node: fx.Node) -> ActivationQuantizer | None:

@@ -44,6 +44,8 @@ class Op:
         weight_axis: output-channel axis of the weight.
         keeps_grid: if its input lies on a grid, so does its output: the input's range is shared.
         integer: an integer runtime computes it from integer inputs; the `integer` placement quantizes all it reads.
+        limits: it only limits values from below or above, which on a grid is a limit of the codes.
+        accumulates: an integer kernel sums its products and its bias in int32.
     """
 
     run: Callable[..., Tensor]
@@ -53,6 +55,8 @@ class Op:
     weight_axis: int = 0
     keeps_grid: bool = False
     integer: bool = False
+    limits: bool = False
+    accumulates: bool = False
 
     @property
     def name(self) -> str:
@@ -310,10 +314,10 @@ def pixel_unshuffle(x: Tensor, *, factor: int) -> Tensor:
 
 
 _TABLE = [
-    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True),
-    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True),
+    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
+    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
     Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True),
-    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True),
+    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True),
     Op(matmul, Kind.MATMUL, integer=True),
     Op(embedding, Kind.LOOKUP, weight=1),
     Op(add, Kind.ADD, integer=True),
@@ -331,8 +335,8 @@ _TABLE = [
     Op(layer_norm, Kind.NORM),
     Op(group_norm, Kind.NORM),
     Op(softmax, Kind.FLOAT),
-    Op(relu, Kind.ACTIVATION),
-    Op(clamp, Kind.ACTIVATION),
+    Op(relu, Kind.ACTIVATION, limits=True),
+    Op(clamp, Kind.ACTIVATION, limits=True),
     Op(leaky_relu, Kind.ACTIVATION),
     Op(prelu, Kind.ACTIVATION),
     Op(elu, Kind.ACTIVATION),

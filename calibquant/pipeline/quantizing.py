@@ -22,7 +22,7 @@ from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
 from calibquant.pipeline.writing import run_metrics, write_run
-from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
+from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
 from calibquant.recipe import Recipe, make_recipe
 from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
@@ -158,6 +158,7 @@ def _run(
             with clock.stage("activations"):
                 _observe(recipe, prepared, model, device, reporter)
             model.to(device)  # ranges are found on the CPU
+            _fit_biases(model, reporter)
             with clock.stage("accumulation"):
                 nearest = _errors(recipe, prepared, model, device)
             progress = Progress([], nearest, dict(clock.seconds))
@@ -220,9 +221,16 @@ def _reconstruct(
             "unit %s, %s: loss %.5g -> %.5g, %s",
             report.unit, report.phase, report.loss_before, report.loss_after, result,
         )  # fmt: skip
+    _fit_biases(model, reporter)  # learned scales may have become smaller
     rolled = sum(not report.kept for report in found.reports)
     note(reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
+
+
+def _fit_biases(model: QuantModel, reporter: Reporter) -> None:
+    """See `quantization.fit_biases`; what it changed is told."""
+    for node, channels in fit_biases(model.biases()).items():
+        note(reporter, f"{node}: the scales of {channels} channels were raised so that the bias fits int32")
 
 
 def _observe(

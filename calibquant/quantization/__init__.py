@@ -1,9 +1,11 @@
 """Quantizers, the plan, the quantized network and its calibration."""
 
+from calibquant.quantization.biases import fit_biases
 from calibquant.quantization.calibration import calibrate_activations, calibrate_weights
 from calibquant.quantization.model import CoverageRow, QuantModel
 from calibquant.quantization.plan import QuantPlan, TensorPlan, make_plan
 
 __all__ = [
-    "CoverageRow", "QuantModel", "QuantPlan", "TensorPlan", "calibrate_activations", "calibrate_weights", "make_plan",
+    "CoverageRow", "QuantModel", "QuantPlan", "TensorPlan", "calibrate_activations", "calibrate_weights", "fit_biases",
+    "make_plan",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.graph.subgraph import subgraph
+from calibquant.quantization.biases import BiasRounding
 from calibquant.quantization.plan import QuantPlan
 from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -63,12 +64,16 @@ class QuantModel(nn.Module):
     ) -> None:
         super().__init__()
         self.teacher, self.plan = teacher, plan
+        # Node name -> quantizer of the input, for products whose bias is added in integers; a part may not hold it.
+        self.bias_sources: dict[str, ActivationQuantizer]
         if shared is None:
             self.weight_quantizers = {name: WeightQuantizer(name, p) for name, p in plan.weights.items()}
             self.activation_quantizers = {n: ActivationQuantizer(n, p, dynamic) for n, p in plan.activations.items()}
+            self.bias_sources = self._find_bias_sources()
         else:
             self.weight_quantizers = {name: shared.weight_quantizers[name] for name in plan.weights}
             self.activation_quantizers = {name: shared.activation_quantizers[name] for name in plan.activations}
+            self.bias_sources = shared.bias_sources
         self.simulation = self._build()
         self.eval()
 
@@ -123,6 +128,28 @@ class QuantModel(nn.Module):
             for quantizer, enabled in before:
                 quantizer.enabled = enabled
 
+    def quantizer_before(self, node: fx.Node) -> ActivationQuantizer | None:
+        """The quantizer on whose grid the values of a node of the teacher's graph lie; None for float values."""
+        while node.name not in self.activation_quantizers:
+            op = op_of(node)
+            if op is None or not op.keeps_grid:
+                return None
+            node = activations_of(node)[0]
+        return self.activation_quantizers[node.name]
+
+    def biases(self) -> dict[str, tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
+        """The products whose bias is added in integers: quantizers of input and weight, and the float bias, by node."""
+        tensors = parameter_tensors(self.teacher)
+        return {
+            node.name: (
+                self.bias_sources[node.name],
+                self.weight_quantizers[str(weight_of(node).target)],  # type: ignore[union-attr]
+                tensors[str(node.args[op_of(node).bias].target)],  # type: ignore[union-attr]
+            )
+            for node in self.teacher.graph.nodes
+            if node.name in self.bias_sources
+        }
+
     def coverage(self) -> list[CoverageRow]:
         """Every compute node, its bits, or the reason why something of it stays float."""
         return [
@@ -159,8 +186,35 @@ class QuantModel(nn.Module):
             elif node.name in self.activation_quantizers:
                 activations[node.name] = self.activation_quantizers[node.name]
                 self._insert(graph, node, f"activation_quantizers.{node.name}")
+        roundings = nn.ModuleDict()
+        root.add_module("bias_roundings", roundings)
+        for node in [n for n in graph.nodes if n.name in self.bias_sources and n.op == "call_function"]:
+            weight = weight_of(self._node(node.name))
+            quantizer = self.weight_quantizers[str(weight.target)]  # type: ignore[union-attr]
+            roundings[node.name] = BiasRounding(self.bias_sources[node.name], quantizer)
+            place = op_of(node).bias  # type: ignore[union-attr]
+            with graph.inserting_before(node):
+                rounded = graph.call_module(f"bias_roundings.{node.name}", (node.args[place],))
+            node.update_arg(place, rounded)
         graph.lint()
         return fx.GraphModule(root, graph)
+
+    def _node(self, name: str) -> fx.Node:
+        return next(n for n in self.teacher.graph.nodes if n.name == name)
+
+    def _find_bias_sources(self) -> dict[str, ActivationQuantizer]:
+        """With the integer placement: products that have a bias, a quantized weight and an input on a stored grid."""
+        found: dict[str, ActivationQuantizer] = {}
+        if self.plan.placement != "integer":
+            return found
+        for node in self.teacher.graph.nodes:
+            op, weight = op_of(node), weight_of(node)
+            if op is None or not op.accumulates or weight is None or str(weight.target) not in self.weight_quantizers:
+                continue
+            bias, source = node.args[op.bias or 0], self.quantizer_before(activations_of(node)[0])
+            if isinstance(bias, fx.Node) and bias.op == "get_attr" and source is not None and not source.dynamic:
+                found[node.name] = source
+        return found
 
     @staticmethod
     def _insert(graph: fx.Graph, node: fx.Node, target: str) -> None:

@@ -90,7 +90,8 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     concatenations read (the concatenation is); and what no further computing op but pools reads (the logits).
 
     `integer` placement adds, at `residual_bits`, whatever else an integer runtime reads: the image, residual branches,
-    pool outputs. 8-bit weights are symmetric there.
+    pool outputs; and what its kernels make for a function that is computed in float, such as hardswish. 8-bit weights
+    are symmetric there.
 
     Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
     `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
@@ -119,6 +120,7 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
 # --- where activations are quantized ----------------------------------------------------------------------------------
 
 _PRODUCERS = {Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.NORM, Kind.FLOAT}
+_INTEGER_MAKERS = {Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD}  # kernels that round their result to a grid
 _FRESH = {Kind.ACTIVATION, Kind.NORM, Kind.FLOAT}  # what they compute is quantized at their own output
 
 
@@ -185,7 +187,7 @@ def _read_by_compute(node: fx.Node) -> bool:
 
 
 def _integer_sites(graph: fx.Graph, main: set[str]) -> list[str]:
-    """Names of the nodes that an integer runtime reads and that are not quantized yet."""
+    """Names of the nodes that an integer runtime reads or makes and that are not quantized yet."""
     found: dict[str, None] = {}
     for node in graph.nodes:
         op = op_of(node)
@@ -198,7 +200,27 @@ def _integer_sites(graph: fx.Graph, main: set[str]) -> list[str]:
             if op.kind is Kind.CONCAT and node.name in main and _only_concatenated(origin, main):
                 continue
             found[origin.name] = None
+    for node in graph.nodes:
+        if kind_of(node) in _INTEGER_MAKERS and op_of(node).integer:  # type: ignore[union-attr]
+            end = _end_of_result(node, main)
+            if end is not None and end.name not in main:
+                found[end.name] = None
     return list(found)
+
+
+def _end_of_result(node: fx.Node, main: set[str]) -> fx.Node | None:
+    """Where a kernel's result is to be rounded to a grid: at the node, or behind functions that only limit it.
+
+    None where the network's output or a quantized concatenation takes it: one stays float, the other has its own grid.
+    """
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        if reader.op == "output" or (kind_of(reader) is Kind.CONCAT and reader.name in main):
+            return None
+        if not op_of(reader).limits:  # type: ignore[union-attr]
+            break
+        node = reader
+    return node
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -165,7 +165,7 @@ def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> Non
     made = json.loads(command("quantize", "recipe.yaml", "--json"))
     target = str(Path(made["run"]) / file)
     text, result = command("inspect", target), json.loads(command("inspect", target, "--json"))
-    assert set(result) == {"run", "size", "coverage", "record", "units", "feature_errors"}
+    assert set(result) == {"run", "size", "coverage", "record", "units", "feature_errors", "onnx"}
     for key in ("coverage", "units", "feature_errors"):
         assert result[key] == made[key]
     assert Path(result["run"]) == Path(made["run"])

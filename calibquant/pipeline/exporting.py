@@ -1,0 +1,242 @@
+"""Exporting: from a quantized network to files that load anywhere, each checked before it is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+from calibquant.errors import RecipeError, nearest
+from calibquant.export.amct import CONFIG, amct_config
+from calibquant.export.artifact import GRAPH, MODEL, load_artifact, size_of
+from calibquant.export.audit import summarize
+from calibquant.export.onnx_content import opset_of
+from calibquant.export.onnx_deploy import Storage, deploy_onnx
+from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
+from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT, Parity, check_parity
+from calibquant.export.program import Program, make_program, refusal
+from calibquant.export.session import import_onnx, import_runtime
+from calibquant.export.vectors import write_vectors
+from calibquant.parallel import set_threads
+from calibquant.pipeline.measuring import run_recipe
+from calibquant.pipeline.reporting import Reporter, Silent, begin, note
+from calibquant.pipeline.run_inputs import CALIBRATION, PARITY, RunInputs, run_inputs
+from calibquant.quantization import QuantModel
+from calibquant.recipe import Recipe
+from calibquant.runfolder import RECEIPT, RunFolder, disk_error, make_folder, open_run
+
+FORMATS = ("onnx", "record", "amct", "packed", "vectors")
+VECTORS = "vectors"
+VECTOR_IMAGES = 4
+_STORED = {"record": ("record.json", "record.txt"), "packed": (MODEL, GRAPH), "amct": ("record.txt",)}
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """The ONNX files of a network, checked.
+
+    Args:
+        files: bytes by name: float.onnx, fake_quant.onnx, deploy.onnx as far as they can be made, and parity.json.
+        parity: how far they are from what they stand for.
+        program: the integer program; None where there is none.
+        left_out: files that cannot be made, and why.
+        notes: what stays float, and what was changed so that the integer network runs.
+    """
+
+    files: dict[str, bytes]
+    parity: Parity
+    program: Program | None
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def export_files(
+    model: QuantModel,
+    images: Tensor | Sequence[Tensor],
+    storage: Storage = "packed",
+    missing: str = "",
+    threads: int | None = None,
+    what: str = CALIBRATION,
+) -> Exported:
+    """Make the ONNX files of a network and check them; writes nothing.
+
+    Args:
+        model: a calibrated network on the CPU.
+        images: what enters it, (N, ...), to compare on; one tensor for each of its inputs.
+        storage: how deploy.onnx keeps weights below 8 bits: packed, or as INT8 for ONNX Runtime before 1.24.
+        missing: why the model's teacher is not the float network; float.onnx is then left out.
+        threads: of ONNX Runtime; None leaves it to it.
+        what: what the images are, for parity.json.
+
+    Raises:
+        RunFolderError: a file does not load, or deviates beyond its bound.
+        ModelError: onnx or ONNX Runtime is not installed.
+    """
+    import_onnx()
+    import_runtime()
+    inputs = (images,) if isinstance(images, Tensor) else tuple(images)
+    reason = refusal(model)
+    program = make_program(model) if reason is None else None
+    files, left_out = {}, {}
+    if missing:
+        left_out[FLOAT] = missing
+    else:
+        files[FLOAT] = float_onnx(model, inputs)
+    files[FAKE_QUANT] = fake_quant_onnx(model, inputs)
+    if program is None:
+        left_out[DEPLOY] = str(reason)
+    else:
+        files[DEPLOY] = deploy_onnx(program, inputs, storage)
+    parity = check_parity(files, model, program, inputs, threads)
+    notes = () if program is None else program.notes
+    shapes = [list(x.shape[1:]) for x in inputs]
+    content = {
+        "of": what,
+        "input": shapes,
+        "storage": storage,
+        **parity.to_dict(),
+        "left_out": left_out,
+        "notes": notes,
+    }
+    return Exported(files | {PARITY: _json(content)}, parity, program, left_out, notes)
+
+
+def export_run(
+    run: Path,
+    formats: Sequence[str] = ("onnx",),
+    storage: str = "packed",
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    shape: Sequence[int] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Export a saved run.
+
+    Args:
+        run: run folder.
+        formats: of FORMATS.
+        storage: of deploy.onnx, see `export_files`.
+        out: folder that receives the files; None adds them to the run.
+        overrides: dotted recipe keys, such as another data.root.
+        shape: of one image, for runs of live images.
+        reporter: hears of steps.
+
+    Returns:
+        `run`, `out`, `files` (name, bytes, opset, share of the float network's bytes), and with ONNX files `parity`,
+        `left_out`, `notes` and `audit`.
+
+    Raises:
+        CalibQuantError: an argument is not valid, the run or its images cannot be read, or a file deviates. Nothing is
+            written then.
+    """
+    reporter = reporter or Silent()
+    _check_arguments(formats, storage)
+    folder = open_run(run)
+    recipe = run_recipe(folder, list(overrides))
+    set_threads(recipe.threads)
+    begin(reporter, 1, 3, f"Load {run}")
+    model = load_artifact(folder)
+    result: dict[str, Any] = {"run": str(run), "out": str(out or run)}
+    files: dict[str, bytes] = {}
+    inputs = run_inputs(folder, recipe, model, shape) if {"onnx", "vectors"} & set(formats) else None
+    begin(reporter, 2, 3, "Make the files and compare them with the simulation")
+    if "onnx" in formats and inputs is not None:
+        missing = inputs.missing
+        if missing and FLOAT in folder.read_json(RECEIPT)["files"]:
+            missing += "; the one in the run stays"
+        made = export_files(inputs.model, inputs.tensors, storage, missing, recipe.threads, inputs.what)  # type: ignore[arg-type]
+        files |= made.files
+        result |= {"parity": made.parity.to_dict(), "of": inputs.what, "left_out": made.left_out, "notes": made.notes}
+        result["audit"] = None if made.program is None else [asdict(row) for row in summarize(made.program)]
+        for name, reason in made.left_out.items():
+            note(reporter, f"{name} is left out: {reason}")
+    if "amct" in formats:
+        files[CONFIG] = _json(_config(model, recipe))
+    begin(reporter, 3, 3, f"Write to {out or run}")
+    if "vectors" in formats and inputs is not None:
+        _vectors(inputs, out or run)
+        result["vectors"] = str((out or run) / VECTORS)
+    stored = [name for chosen in formats for name in _STORED.get(chosen, ())]
+    _write(folder, files, out, stored)
+    result["files"] = _rows(files | {name: folder.read(name) for name in stored}, model)
+    return result
+
+
+def _check_arguments(formats: Sequence[str], storage: str) -> None:
+    for name in formats:
+        if name not in FORMATS:
+            raise RecipeError("calibquant export, --format", f"'{name}' is unknown", nearest(name, FORMATS))
+    if not formats:
+        raise RecipeError("calibquant export, --format", "names no format", f"known are {', '.join(FORMATS)}")
+    if storage not in get_args(Storage):
+        raise RecipeError(
+            "calibquant export, --storage", f"'{storage}' is unknown", nearest(storage, get_args(Storage))
+        )
+
+
+def _config(model: QuantModel, recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.calibration
+    count = min(settings.range_count or settings.count, settings.count)
+    learned = recipe.reconstruct.method != "none"
+    return amct_config(model, recipe.quant, math.ceil(count / settings.batch_size), learned)
+
+
+def _write(folder: RunFolder, files: dict[str, bytes], out: Path | None, stored: Sequence[str]) -> None:
+    """Into the run, where the receipt learns of them; or with copies of stored files into another folder."""
+    if out is None:
+        folder.add(files)
+        return
+    make_folder(out)
+    for name in stored:
+        RunFolder(out).write(name, folder.read(name))
+    for name, data in sorted(files.items(), key=lambda item: item[0] == PARITY):  # last: with it all is there
+        RunFolder(out).write(name, data)
+
+
+def _vectors(inputs: RunInputs, out: Path) -> None:
+    """Test vectors of a few images; the folder appears when it is complete."""
+    program = make_program(inputs.model)
+    make_folder(out)
+    with _fresh_folder(out / VECTORS) as folder:
+        write_vectors(program, [x[:VECTOR_IMAGES].numpy() for x in inputs.tensors], folder)
+
+
+@contextmanager
+def _fresh_folder(path: Path) -> Iterator[Path]:
+    """A folder under a temporary name that takes its place at the end."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rows(files: dict[str, bytes], model: QuantModel) -> list[dict[str, Any]]:
+    float_bytes = len(files[FLOAT]) if FLOAT in files else size_of(model).float32
+    return [
+        {
+            "file": name,
+            "bytes": len(data),
+            "opset": opset_of(name, data) if name.endswith(".onnx") else None,
+            "of_float": len(data) / float_bytes,
+        }
+        for name, data in files.items()
+    ]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,111 @@
+"""Biases as integer kernels add them: int32, on the scale of the accumulator.
+
+That scale is input scale * weight scale, which at low bits is coarse: with 2-bit weights a bias would be -1, 0 or 1. So
+kernels are given low-bit weights as codes times a power of two, and the scale divided by it: products are the same, no
+stored bit is added, and the bias is finer by that power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.numerics.affine import QTensor, aligned
+from calibquant.numerics.grid import PerChannel
+from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+INT32 = 2**31 - 1
+MARGIN = 1 + 1e-6  # above the smallest scale that fits, for float32's rounding
+
+
+def kernel_shift(bits: int) -> int:
+    """By how many bits a kernel's weights are shifted: as many as keep 2 * 255 * |weight| within int16.
+
+    (2^bits - 1) * 2^shift <= 64 for any zero point, so that on x86 without VNNI, where two products are summed in
+    int16, nothing saturates: 4 for 2 bits, 3 for 3, 2 for 4, 1 for 5, none from 6 bits on.
+    """
+    return max(0, 6 - bits)
+
+
+class BiasRounding(nn.Module):
+    """Rounds a bias to the grid of its product's accumulator, whatever the scales become.
+
+    Args:
+        source: quantizer of the product's input.
+        weight: quantizer of its weight.
+    """
+
+    def __init__(self, source: ActivationQuantizer, weight: WeightQuantizer) -> None:
+        super().__init__()
+        self._quantizers = (source, weight)  # in a tuple: they belong to the network, not to the bias
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The bias rounded to steps of `bias_step`, float32 (C,); `bias` itself while either quantizer is off."""
+        source, weight = self._quantizers
+        if not (source.enabled and weight.enabled) or source.scale is None or weight.codes is None:
+            return bias
+        scale = source.scale if source.learned_scale is None else source.learned_scale.detach()
+        step = bias_step(scale, weight.scale, weight.plan.grid.bits)
+        return torch.round(bias / step) * step
+
+
+def bias_step(source: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """Value of one step of a bias: input scale () * weight scale () or (C,), divided by two to the kernel's shift."""
+    return source * (weight * 2.0 ** -kernel_shift(bits))
+
+
+def scale_factors(weight: QTensor, bias: Tensor, source: ActivationQuantizer) -> Tensor:
+    """By how much a channel's scale must grow so that no sum of products and bias passes int32; 1 where it fits.
+
+    The sum is bounded by the sum of the codes' magnitudes times the largest distance of an input code from its zero
+    point. (A larger scale makes codes and bias smaller; a channel of nearly zero weights has a scale so small that its
+    bias does not fit.)
+
+    Args:
+        weight: of the product.
+        bias: float32, (C,).
+        source: quantizer of its input.
+
+    Returns:
+        float64, (C,), at least 1.
+    """
+    scale, zero_point = source.get()
+    reach = max(source.plan.grid.qmax - int(zero_point), int(zero_point) - source.plan.grid.qmin)
+    axis = weight.granularity.axis if isinstance(weight.granularity, PerChannel) else 0
+    centered = weight.codes.to(torch.int64) - aligned(weight.zero_point, weight.codes, weight.granularity)
+    most = centered.abs().movedim(axis, 0).reshape(len(bias), -1).sum(1).double() * reach
+    room = INT32 - most * 2 ** kernel_shift(weight.grid.bits)
+    steps = bias.double().abs() / bias_step(scale.double(), weight.scale.double(), weight.grid.bits)
+    return (steps / room).clamp(min=1)
+
+
+def with_larger_scale(weight: QTensor, factors: Tensor) -> QTensor:
+    """A weight whose channels' scales are raised by at least `factors`, float64 (C,); codes are rounded to nearest."""
+    factors = torch.where(factors > 1, factors * MARGIN, factors)
+    if weight.scale.dim() == 0:
+        factors = factors.max()
+    scale = (weight.scale.double() * factors).float()
+    ratio = aligned(weight.scale.double() / scale.double(), weight.codes, weight.granularity)
+    zero = aligned(weight.zero_point, weight.codes, weight.granularity)
+    codes = (torch.round((weight.codes.double() - zero) * ratio) + zero).to(weight.codes.dtype)
+    return QTensor(codes, scale, weight.zero_point, weight.grid, weight.granularity)
+
+
+def fit_biases(products: Mapping[str, tuple[ActivationQuantizer, WeightQuantizer, Tensor]]) -> dict[str, int]:
+    """Raise weight scales where a bias would not fit int32; the weights' quantizers receive the result.
+
+    Args:
+        products: node name -> quantizers of its input and weight, and its bias, (C,) float32; see `QuantModel.biases`.
+
+    Returns:
+        node name -> channels whose scale was raised, where there are any.
+    """
+    raised: dict[str, int] = {}
+    for node, (source, quantizer, bias) in products.items():
+        factors = scale_factors(quantizer.get(), bias, source)
+        if (factors > 1).any():
+            quantizer.set(with_larger_scale(quantizer.get(), factors))
+            raised[node] = int((factors > 1).sum())
+    return raised
