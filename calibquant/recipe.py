@@ -166,6 +166,16 @@ class EvaluationRecipe(Section):
     batch_size: int = Field(default=250, ge=1)
 
 
+class ExportRecipe(Section):
+    """The ONNX files that a run leaves."""
+
+    onnx: bool = Field(default=True, description="write float.onnx, fake_quant.onnx and, where possible, deploy.onnx")
+    storage: Literal["packed", "int8"] = Field(
+        default="packed", description="of low-bit weights in deploy.onnx; int8 for ONNX Runtime before 1.24"
+    )
+    images: int = Field(default=16, ge=1, description="calibration images on which the files are compared")
+
+
 class Recipe(Section):
     """Everything a run depends on."""
 
@@ -177,6 +187,7 @@ class Recipe(Section):
     quant: QuantRecipe = QuantRecipe()
     reconstruct: ReconstructRecipe = ReconstructRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
     seed: int = Field(default=1005, ge=0)
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")

@@ -191,7 +191,11 @@ class _Lowering:
             elif node.op == "call_function" and node not in self.value:
                 self._lower_op(node)
         named = {name for step in self.steps for name in _flat(step.inputs)}
-        parameters = {name: tensor.numpy() for name, tensor in self.tensors.items() if name in named}
+        parameters = {
+            name: self.weights[name].values() if name in self.weights else tensor.numpy()
+            for name, tensor in self.tensors.items()
+            if name in named
+        }
         return Program(tuple(inputs), tuple(self.steps), output, parameters, tuple(self.notes))
 
     def _lower_op(self, node: fx.Node) -> None:
@@ -296,7 +300,8 @@ class _Lowering:
         """The value of a node on a grid: as it is, if it lies there already."""
         value = self.value[source]
         own = self.grids[value]
-        if own is not None and (own.scale, own.zero_point) == (grid.scale, grid.zero_point):
+        same = own is not None and (own.scale, own.zero_point) == (grid.scale, grid.zero_point)
+        if same and grid.low <= own.low and own.high <= grid.high:  # type: ignore[union-attr]
             return value
         return self._quantized(value, grid, name)
 

@@ -62,6 +62,7 @@ def open_session(name: str, data: bytes, threads: int | None = None) -> Session:
     """
     runtime = import_runtime()
     options = runtime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the core to others
     options.log_severity_level = 4  # errors arrive as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from calibquant.data import ImageSet, batches, manifest_csv
-from calibquant.errors import RecipeError
+from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
+from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.run_inputs import entering
 from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
 from calibquant.recipe import Recipe, make_recipe
@@ -137,7 +139,7 @@ def _run(
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
     learning = recipe.reconstruct.method != "none"
-    total = 6 + learning
+    total = 6 + learning + recipe.export.onnx
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
@@ -172,21 +174,27 @@ def _run(
             with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
                 progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
                 after = _errors(recipe, prepared, model, device)
-        begin(reporter, total - 2, total, "Evaluate the float network")
+        begin(reporter, 4 + learning, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
             float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, total - 1, total, f"Evaluate the {recipe.setting} network")
+        begin(reporter, 5 + learning, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
         skipped = prepared.images.skipped | images.skipped
         if skipped:
             note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
+        files: dict[str, bytes] = {}
+        if recipe.export.onnx:
+            begin(reporter, total - 1, total, "Export to ONNX and compare")
+            with clock.stage("export"):
+                files = _export(recipe, prepared, model, reporter)
+            model.to(device)
         begin(reporter, total, total, "Write the run folder")
         metrics = run_metrics(
             recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
         )
-        write_run(folder, recipe, prepared, model, metrics, {"threads": threads, "device": str(device)})
+        write_run(folder, recipe, prepared, model, metrics, files, {"threads": threads, "device": str(device)})
         folder.remove("checkpoint*")
     return Run(final_path(folder.path), model, metrics, quantized)
 
@@ -225,6 +233,20 @@ def _reconstruct(
     rolled = sum(not report.kept for report in found.reports)
     note(reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
+
+
+def _export(recipe: Recipe, prepared: Prepared, model: QuantModel, reporter: Reporter) -> dict[str, bytes]:
+    """The ONNX files by name. What deviates is told and left out: a run is not lost for its export."""
+    settings = recipe.export
+    try:
+        images = entering(prepared, settings.images)
+        made = export_files(model.to("cpu"), images, settings.storage, threads=recipe.threads or 1)
+    except CalibQuantError as error:
+        note(reporter, f"no ONNX files: {error}")
+        return {}
+    for name, reason in made.left_out.items():
+        note(reporter, f"{name} is left out: {reason}")
+    return made.files
 
 
 def _fit_biases(model: QuantModel, reporter: Reporter) -> None:

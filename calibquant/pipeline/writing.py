@@ -58,15 +58,18 @@ def write_run(
     prepared: Prepared,
     model: QuantModel,
     metrics: dict[str, Any],
+    exported: dict[str, bytes],
     machine: dict[str, Any],
 ) -> None:
-    """Write every file of a run but log.txt, the receipt last."""
+    """Write every file of a run but log.txt, the receipt last; `exported` are the ONNX files by name."""
     manifest = manifest_csv(prepared.manifest)
     folder.write("recipe.yaml", recipe.to_yaml())
     folder.write("manifest.csv", manifest)
     save_artifact(model, folder)
     folder.write_json("record.json", record(model))
     folder.write("record.txt", record_text(model))
+    for name, data in exported.items():
+        folder.write(name, data)
     metrics["size"]["file"] = (folder.path / MODEL).stat().st_size
     folder.write_json("metrics.json", metrics)
     weights = recipe.model.weights

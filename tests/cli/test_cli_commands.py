@@ -71,7 +71,7 @@ def test_quantize_leaves_a_run_and_closes_with_a_table(command: Command) -> None
     assert runs() == ["digits_resnet-w4a4-001"]
     metrics = json.loads(Path("runs/digits_resnet-w4a4-001/metrics.json").read_text())
     steps = [line for line in text.splitlines() if line.startswith("[")]
-    assert [line[:5] for line in steps] == [f"[{i}/6]" for i in range(1, 7)]
+    assert [line[:5] for line in steps] == [f"[{i}/7]" for i in range(1, 8)]
     assert f"{100 * metrics['quantized']['top1']:.2f}" in text
     assert "64 evaluation images, 32 for calibration; placement integer, boundary qdrop" in text
     assert text.rstrip().endswith("Run folder: runs/digits_resnet-w4a4-001")

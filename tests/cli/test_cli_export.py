@@ -26,6 +26,7 @@ calibration: {count: 16}
 evaluation: {count: 40}
 quant: {weights: {observer: minmax}, activations: {observer: minmax}}
 threads: 1
+export: {onnx: false}
 """
 RUN = "runs/digits_resnet-w4a4-001"
 

@@ -30,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "evaluation": {"count": 40},
     "quant": {"weights": {"observer": "minmax"}, "activations": {"observer": "minmax"}},
     "threads": 1,
+    "export": {"onnx": False},
 }
 FILES = {FLOAT, FAKE_QUANT, DEPLOY, PARITY}
 
@@ -162,7 +163,7 @@ def live_run(folder: Path) -> Path:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 12 * 12, 3))
     images = calibquant.TensorImages(torch.rand(16, 3, 14, 14))
-    recipe = {"runs": str(folder / "runs"), "calibration": {"count": 16}, "threads": 1}
+    recipe = {"runs": str(folder / "runs"), "calibration": {"count": 16}, "threads": 1, "export": {"onnx": False}}
     return calibquant.quantize(recipe, network, images).folder
 
 

@@ -24,9 +24,9 @@ from calibquant.runfolder import open_run, sha256
 
 FILES = {
     "recipe.yaml", "manifest.csv", "model.safetensors", "graph.json", "record.json", "record.txt", "metrics.json",
-    "receipt.json", "log.txt",
+    "receipt.json", "log.txt", "float.onnx", "fake_quant.onnx", "deploy.onnx", "parity.json",
 }  # fmt: skip
-STAGES = ("prepare", "weights", "activations", "accumulation", "evaluate_float", "evaluate_quantized")
+STAGES = ("prepare", "weights", "activations", "accumulation", "evaluate_float", "evaluate_quantized", "export")
 
 
 def small() -> nn.Module:
@@ -118,7 +118,7 @@ def test_the_receipt_names_the_weights(tmp_path: Path, digits: Run) -> None:
 def test_the_log_has_the_steps_with_their_times(digits: Run) -> None:
     lines = (digits.folder / "log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) ", line) for line in lines)
-    assert re.findall(r"\[(\d)/6\]", "\n".join(lines)) == list("123456")
+    assert re.findall(r"\[(\d)/7\]", "\n".join(lines)) == list("1234567")
 
 
 class Listener:
@@ -142,7 +142,7 @@ class Listener:
 def test_a_reporter_hears_every_step_and_progress_to_its_end(fields: dict[str, Any]) -> None:
     listener = Listener()
     calibquant.quantize(fields, small(), tensors(), tensors(seed=1), listener)
-    assert listener.steps == [(i, 6) for i in range(1, 7)]
+    assert listener.steps == [(i, 7) for i in range(1, 8)]
     assert [pair for pair in listener.done if pair[0] == pair[1]] == [(2, 2), (16, 16), (24, 24), (24, 24)]
     assert listener.notes[0].startswith("16 calibration images; ")
 

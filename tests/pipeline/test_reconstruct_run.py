@@ -164,7 +164,7 @@ def test_the_step_is_announced_and_its_progress_ends_at_the_total(weights: Path,
     tree = FIELDS | {"runs": str(tmp_path), "model": {**FIELDS["model"], "weights": str(weights)}}
     done = calibquant.quantize(make_recipe(tree | {"reconstruct": settings("qdrop")}), reporter=heard)
     (step,) = [s for s in heard.steps if "Reconstruct" in s]
-    assert step == "4/7 Reconstruct by qdrop"
+    assert step == "4/8 Reconstruct by qdrop"
     total = 8 * len(done.metrics["units"])
     assert heard.progressed[step] == [(i, total) for i in range(1, total + 1)]
     told = [where for where in heard.where if where]

@@ -51,6 +51,9 @@ def on_a_grid(value: Tensor, model: QuantModel) -> bool:
     return False
 
 
+PARAMETERS = ("network.", "weight_quantizers.", "bias_roundings.")
+
+
 class Recorder(fx.Interpreter):
     """Runs a simulation and notes which of its integer ops read activations that lie on no grid."""
 
@@ -62,7 +65,7 @@ class Recorder(fx.Interpreter):
         integer = {op.run for op in OPS.values() if op.integer}
         if n.op == "call_function" and n.target in integer:
             for source in n.all_input_nodes:
-                if isinstance(self.env[source], Tensor) and not str(source.target).startswith(("network.", "weight_q")):
+                if isinstance(self.env[source], Tensor) and not str(source.target).startswith(PARAMETERS):
                     self.read += 1
                     if not on_a_grid(self.env[source], self.model):
                         self.floating.append((n, source))
@@ -101,6 +104,14 @@ class Small(nn.Module):
         x = F.relu(self.bn(self.a(x)))
         x = F.relu(self.b(x) + x)
         return self.fc(F.avg_pool2d(x, 8).flatten(1))
+
+
+def step_of(low: Array, high: Array, bits: int, symmetric: bool) -> Array:
+    """The scale of a range, float32."""
+    low, high = np.minimum(low, 0).astype(np.float32), np.maximum(high, 0).astype(np.float32)
+    return (
+        (np.maximum(-low, high) / np.float32(2**bits - 1) * 2) if symmetric else (high - low) / np.float32(2**bits - 1)
+    )
 
 
 def round_to_grid(x: Array, low: Array, high: Array, bits: int, symmetric: bool, signed: bool) -> Array:
@@ -173,12 +184,22 @@ def test_it_equals_a_simulation_written_by_hand(
             one_sided = not (symmetric and low < 0)
             return torch.from_numpy(round_to_grid(value.numpy(), low, high, width, not one_sided, False))
 
+        def on_accumulator(bias: Tensor, source: str, width: int, name: str) -> Tensor:
+            """In steps of input scale * weight scale / 2^k, k = 4 for weights of 2 bits, 2 for 4, 0 for 8."""
+            if ranges is None or not integer:
+                return bias
+            low, high = ranges[source]
+            ranges_of_weight = ends(weights[name].numpy(), per_channel)
+            step = step_of(low, high, width, symmetric and low < 0) * step_of(*ranges_of_weight, bits, sym).reshape(-1)
+            step = step / np.float32({2: 16, 4: 4, 8: 1}[bits])
+            return torch.from_numpy((np.rint(bias.numpy() / step) * step).astype(np.float32))
+
         x = q("image", x, max(8, bits), integer)
-        x = q("first", F.relu(F.conv2d(x, w["a"], bias_a, padding=1)), bits)
+        x = q("first", F.relu(F.conv2d(x, w["a"], on_accumulator(bias_a, "image", max(8, bits), "a"), padding=1)), bits)
         y = q("branch", F.conv2d(x, w["b"], None, padding=1, groups=2), max(8, bits), integer)
         x = q("sum", F.relu(y + x), bits)
         x = q("pool", F.avg_pool2d(x, 8), max(8, bits), integer).flatten(1)
-        return F.linear(x, w["fc"], network.fc.bias.detach())
+        return F.linear(x, w["fc"], on_accumulator(network.fc.bias.detach(), "pool", max(8, bits), "fc"))
 
     seen: dict[str, tuple[Array, Array]] = {}
     forward(images, weights, None)
