@@ -68,7 +68,7 @@ class IntegerWeight:
     bits: int
     signed: bool
     axis: int
-    shift: int
+    shift: int = 0
 
     @property
     def centered(self) -> npt.NDArray[np.int8]:

@@ -98,6 +98,7 @@ class _Writer:
     def _weight(self, step: str, weight: IntegerWeight) -> dict[str, Any]:
         return {
             "name": weight.name, "bits": weight.bits, "signed": weight.signed, "axis": weight.axis,
+            "shift": weight.shift,
             "codes": self._array(f"{step}.weight", weight.codes),
             "zero_point": self._array(f"{step}.weight.zero_point", weight.zero_point),
             "scale": self._array(f"{step}.weight.scale", weight.scale),

@@ -72,7 +72,9 @@ def convolved(files: Files, step: dict[str, Any], place: tuple[int, ...]) -> int
         z = column * a["stride"][1] - a["padding"][1] + j * a["dilation"][1]
         if 0 <= y < x.shape[2] and 0 <= z < x.shape[3]:
             code = int(x[n, channel // per_group * weight.shape[1] + c, y, z])
-            total += (code - source["grid"]["zero_point"]) * (int(weight[channel, c, i, j]) - zero)
+            total += (code - source["grid"]["zero_point"]) * (
+                (int(weight[channel, c, i, j]) - zero) << step["weight"]["shift"]
+            )
     return requantized(total, files.array(step["multiplier"])[channel], files.index["values"][step["output"]]["grid"])
 
 
@@ -130,7 +132,7 @@ def test_the_index_describes_every_step_and_value(tmp_path: Path) -> None:
         if step.weight is not None:
             centered = files.array(row["weight"]["codes"]).astype(int)
             centered = centered - files.array(row["weight"]["zero_point"]).reshape(-1, *[1] * (centered.ndim - 1))
-            assert np.array_equal(centered, step.weight.centered)
+            assert np.array_equal(centered << row["weight"]["shift"], step.weight.centered)
             assert np.array_equal(files.array(row["weight"]["scale"]), step.weight.scale)
         assert row["exact"] == (step.output not in done.approximate)
         assert all(name in files.index["values"] or name in files.index["parameters"] for name in row["reads"])
