@@ -203,7 +203,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# QDrop's released code, which CaPTQ's follows; see docs/methods.md, "Reference presets".
+# QDrop's released code, which CaPTQ's follows; see docs/methods.md, "Presets".
 _QDROP_CODE: dict[str, Any] = {
     "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
     "quant": {
