@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibquant.export.program import PRODUCTS, ActivationGrid, Program, Step
+from calibquant.export.program import ActivationGrid, Program, Step
 
 WIDTHS = (16, 24, 32)  # of accumulators that hardware has
 
@@ -76,7 +76,7 @@ def audit(program: Program) -> list[AccumulatorRow]:
         18
     """
     grids = program.grids
-    return [row for step in program.steps if _is_product(step) for row in _rows(step, grids)]
+    return [row for step in program.steps if step.is_product for row in _rows(step, grids)]
 
 
 def summarize(program: Program, rows: Sequence[AccumulatorRow] | None = None) -> list[AccumulatorSummary]:
@@ -100,10 +100,6 @@ def signed_bits(lowest: int, highest: int) -> int:
         (8, 9, 1)
     """
     return 1 + max((-lowest - 1).bit_length() if lowest < 0 else 0, highest.bit_length() if highest > 0 else 0)
-
-
-def _is_product(step: Step) -> bool:
-    return step.integer and step.op in PRODUCTS and step.weight is not None
 
 
 def _rows(step: Step, grids: Mapping[str, ActivationGrid | None]) -> list[AccumulatorRow]:

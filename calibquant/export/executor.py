@@ -6,7 +6,7 @@ It is the golden model for bringing up hardware: it needs no ONNX Runtime, and g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from calibquant.export import kernels
 from calibquant.export.kernels import Codes, Floats
-from calibquant.export.program import PRODUCTS, QUANTIZE, ActivationGrid, Program, Step
+from calibquant.export.program import QUANTIZE, ActivationGrid, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Array = npt.NDArray[Any]
@@ -94,7 +94,7 @@ class _Run:
         """The value of a step: codes if it has a grid, else float32."""
         if step.on_codes:
             return self._moved(step)
-        if step.integer and step.op in PRODUCTS:
+        if step.is_product:
             return self._product(step)
         fused = self._fused(step)
         if fused is not None:
@@ -147,15 +147,6 @@ class _Run:
             inputs[row.weight or 0] = torch.from_numpy(step.weight.values())
         with torch.inference_mode():
             return row.run(*inputs, **step.attributes).numpy()
-
-
-def names_of(inputs: Any) -> Iterator[str]:
-    """All names among a step's inputs."""
-    if isinstance(inputs, tuple):
-        for item in inputs:
-            yield from names_of(item)
-    elif isinstance(inputs, str):
-        yield inputs
 
 
 def _tensors(inputs: Any, value: Callable[[str], Array]) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph, Shape
 from calibquant.export.onnx_ops import ROWS
-from calibquant.export.program import QUANTIZE, ActivationGrid, IntegerWeight, Program, Step
+from calibquant.export.program import QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Storage = Literal["packed", "int8"]
@@ -54,6 +54,8 @@ class _DeployFile:
         self.dequantized: dict[str, str] = {}
         self.shared: dict[tuple[str, ...], str] = {}
         self.scales: dict[ActivationGrid, tuple[str, str]] = {}
+        # OpenVINO 2026.4 adds what the 8-bit QuantizeLinear before an Add would have rounded
+        self.added = {name for step in self.steps if step.op == "add" for name in names_of(step.inputs)}
         self.shapes = self._shapes()
 
     def write(self) -> bytes:
@@ -147,8 +149,8 @@ class _DeployFile:
         value, grid = step.output, step.grid
         assert grid is not None
         limits = [(op, limit) for op, limit, end in (("Max", grid.low, 0), ("Min", grid.high, 255)) if limit != end]
-        if not limits and self._only_rounds_again(step):
-            limits = [("Max", 0)]
+        if not limits and (self._only_rounds_again(step) or value in self.added):
+            limits = [("Max", 0)]  # changes nothing, and keeps runtimes from dropping the rounding
         first = f"{value}.unlimited" if limits else value
         codes = self.graph.node("QuantizeLinear", [source, *self._scale(value, grid)], first)
         for op, limit in limits:
@@ -159,7 +161,7 @@ class _DeployFile:
         """Whether codes go to another grid with nothing between that ONNX Runtime keeps.
 
         Of QuantizeLinear, DequantizeLinear, QuantizeLinear, DequantizeLinear it makes one pair, which rounds once
-        instead of twice (measured with 1.24.4 and 1.31.1); an integer node that changes nothing keeps them apart.
+        instead of twice (measured with 1.24.4 and 1.31.1).
         """
         return self.grids.get(step.inputs[0]) is not None and (step.op == QUANTIZE or OPS[step.op].limits)
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph
 from calibquant.export.onnx_ops import ROWS
+from calibquant.export.program import names_of
 from calibquant.graph.ops import OPS, op_of
 from calibquant.numerics.affine import MIN_SCALE
 from calibquant.quantization import QuantModel
@@ -89,7 +90,7 @@ class _FloatFile:
         for name, tensor in self.inputs.items():
             self.graph.input(name, shapes[name], numpy_dtype(tensor))
             names[name] = self._quantized(name)
-        for name in dict.fromkeys(name for operation in self.operations for name in _flat(operation.inputs)):
+        for name in dict.fromkeys(name for operation in self.operations for name in names_of(operation.inputs)):
             if name in self.parameters:
                 names[name] = self.graph.tensor(name, self._parameter(name))
         for operation in self.operations:
@@ -175,9 +176,3 @@ def _named(argument: Any) -> Any:
     if not isinstance(argument, fx.Node):
         return argument
     return str(argument.target) if argument.op == "get_attr" else argument.name
-
-
-def _flat(inputs: Any) -> list[str]:
-    if isinstance(inputs, tuple):
-        return [name for item in inputs for name in _flat(item)]
-    return [inputs] if isinstance(inputs, str) else []

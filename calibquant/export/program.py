@@ -7,7 +7,7 @@ limit values (ReLU, ReLU6) are gone: they have become limits of the codes, which
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from calibquant.quantization.biases import bias_step, kernel_shift, scale_factor
 from calibquant.quantization.model import parameter_tensors
 
 QUANTIZE = "quantize"  # the only op of a program that is not canonical: float or codes in, codes on another grid out
-PRODUCTS = tuple(op.name for op in OPS.values() if op.accumulates)
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,11 @@ class Step:
     on_codes: bool = False
     integer: bool = False
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it sums products with `weight` in int32 accumulators."""
+        return self.integer and OPS[self.op].accumulates
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -138,6 +142,15 @@ class Program:
     def grids(self) -> dict[str, ActivationGrid | None]:
         """The grid of each value; None for float values."""
         return {**dict.fromkeys(self.inputs), **{step.output: step.grid for step in self.steps}}
+
+
+def names_of(inputs: Any) -> Iterator[str]:
+    """All names among a step's inputs."""
+    if isinstance(inputs, tuple):
+        for item in inputs:
+            yield from names_of(item)
+    elif isinstance(inputs, str):
+        yield inputs
 
 
 def refusal(model: QuantModel) -> str | None:
@@ -190,7 +203,7 @@ class _Lowering:
                 output = self.value[node.all_input_nodes[0]]
             elif node.op == "call_function" and node not in self.value:
                 self._lower_op(node)
-        named = {name for step in self.steps for name in _flat(step.inputs)}
+        named = {name for step in self.steps for name in names_of(step.inputs)}
         parameters = {
             name: self.weights[name].values() if name in self.weights else tensor.numpy()
             for name, tensor in self.tensors.items()
@@ -356,10 +369,3 @@ def _integer_weight(name: str, q: QTensor) -> IntegerWeight:
     scale = scale * np.float32(2.0**-shift)
     codes = q.codes.cpu().numpy()
     return IntegerWeight(name, codes, zero_point.astype(np.int32), scale, q.grid.bits, q.grid.signed, axis, shift)
-
-
-def _flat(inputs: Any) -> list[str]:
-    """All names among a step's inputs."""
-    if isinstance(inputs, tuple):
-        return [name for item in inputs for name in _flat(item)]
-    return [inputs] if isinstance(inputs, str) else []

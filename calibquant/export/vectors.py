@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calibquant.export.executor import execute, multiplier_of, names_of
-from calibquant.export.program import PRODUCTS, ActivationGrid, IntegerWeight, Program, Step
+from calibquant.export.executor import execute, multiplier_of
+from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.runfolder import make_folder, write_atomic
 
 INDEX, FORMAT = "index.json", 1
@@ -83,7 +83,7 @@ class _Writer:
         }
         if step.weight is not None:
             row["weight"] = self._weight(step.output, step.weight)
-        if step.integer and step.op in PRODUCTS:
+        if step.is_product:
             row["bias"] = None if step.bias is None else self._array(f"{step.output}.bias", step.bias)
             row["multiplier"] = self._array(f"{step.output}.multiplier", multiplier_of(step, self.program.grids))
         return row

@@ -11,7 +11,7 @@ from networks import NETWORKS, folded, quantized
 from calibquant.export import kernels
 from calibquant.export.audit import AccumulatorRow, audit, signed_bits, summarize
 from calibquant.export.executor import execute, sums_of
-from calibquant.export.program import PRODUCTS, ActivationGrid, IntegerWeight, Program, Step, make_program
+from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step, make_program
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 
 
@@ -50,7 +50,7 @@ def test_extreme_windows_reach_the_bounds(name: str, bits: int) -> None:
     program = program_of(name, bits)
     steps = {step.output: step for step in program.steps}
     rows = audit(program)
-    products = [step for step in program.steps if step.integer and step.op in PRODUCTS]
+    products = [step for step in program.steps if step.is_product]
     assert [(r.step, r.channel) for r in rows] == [(s.output, c) for s in products for c in range(len(s.weight.codes))]  # type: ignore[union-attr]
     for row in rows:
         grid = program.grids[steps[row.step].inputs[0]]
@@ -82,7 +82,7 @@ def test_no_input_passes_the_bounds() -> None:
     values = execute(program, images, keep=True).values
     rows = {(row.step, row.channel): row for row in audit(program)}
     for step in program.steps:
-        if not (step.integer and step.op in PRODUCTS):
+        if not step.is_product:
             continue
         sums = sums_of(step, values[step.inputs[0]], program.grids)
         for channel, got in enumerate(np.moveaxis(sums, 1, 0)):
