@@ -4,8 +4,9 @@
         [--settings W4A4 …] [--networks ResNet-20 …] [--old-python PY] [--openvino-python PY]
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. ResNet-18 has random weights, and BatchNorm statistics of
-calibration images. Decisions and codes are compared with the simulation in float64. Each row is saved when it is done, and not made again by the same source; the files stay in --files,
-below a hash of that source. PY are Pythons with the oldest supported ONNX Runtime, and with OpenVINO.
+calibration images. Decisions and codes are compared with the simulation in float64. Each row is saved when it is done,
+and not made again by the same source; the files stay in --files, below a hash of that source. PY are Pythons with the
+oldest supported ONNX Runtime, and with OpenVINO.
 """
 
 from __future__ import annotations
