@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibquant.export.onnx_files import OnnxGraph, Shape
+from calibquant.export.program import Step
 from calibquant.graph.ops import OPS
 
 BATCH = 2  # the batch that shapes are inferred for; dimension 0 is written as N or -1
@@ -55,31 +56,18 @@ class Call:
         return self.graph.constant(values, np.int64)
 
 
-class Operation(Protocol):
-    """What a graph node and a program's step have in common."""
-
-    @property
-    def op(self) -> str: ...
-    @property
-    def inputs(self) -> tuple[Any, ...]: ...
-    @property
-    def output(self) -> str: ...
-    @property
-    def attributes(self) -> Mapping[str, Any]: ...
-
-
-def infer_shapes(operations: Iterable[Operation], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def infer_shapes(steps: Iterable[Step], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All values as tensors of the meta device, which have shapes and types but no elements.
 
     Args:
-        operations: canonical ops in execution order.
+        steps: in execution order.
         known: inputs and parameters by name.
     """
     values = {name: torch.empty_like(tensor, device="meta") for name, tensor in known.items()}
-    for operation in operations:
-        arguments = resolve(operation.inputs, values)
-        row = OPS.get(operation.op)
-        values[operation.output] = arguments[0] if row is None else row.run(*arguments, **operation.attributes)
+    for step in steps:
+        arguments = resolve(step.inputs, values)
+        row = OPS.get(step.op)
+        values[step.output] = arguments[0] if row is None else row.run(*arguments, **step.attributes)
     return values
 
 

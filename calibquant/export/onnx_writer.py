@@ -6,8 +6,8 @@ other nodes read. The integer network is written in `onnx_deploy`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph
 from calibquant.export.onnx_ops import ROWS
-from calibquant.export.program import names_of
+from calibquant.export.program import Step, names_of
 from calibquant.graph.ops import OPS, op_of
 from calibquant.numerics.affine import MIN_SCALE
 from calibquant.quantization import QuantModel
@@ -57,16 +57,6 @@ def fake_quant_onnx(model: QuantModel, example: Tensor | Sequence[Tensor]) -> by
     return _FloatFile(model, example, simulated=True).write()
 
 
-@dataclass(frozen=True)
-class _Operation:
-    """A node of the canonical graph, inputs by name."""
-
-    op: str
-    inputs: tuple[Any, ...]
-    output: str
-    attributes: Mapping[str, Any]
-
-
 class _FloatFile:
     """Walks through the graph once."""
 
@@ -76,27 +66,27 @@ class _FloatFile:
         nodes = model.teacher.graph.nodes
         self.inputs = example_inputs(example, [n.name for n in nodes if n.op == "placeholder"])
         self.parameters = parameter_tensors(model.teacher)
-        self.operations = [_operation(n) for n in nodes if n.op == "call_function"]
+        self.steps = [_step(n) for n in nodes if n.op == "call_function"]
         if simulated:
             self._round_biases()
         (self.result,) = (n.all_input_nodes[0].name for n in nodes if n.op == "output")
-        made = [*self.inputs, *(operation.output for operation in self.operations)]
+        made = [*self.inputs, *(step.output for step in self.steps)]
         self.graph = OnnxGraph([*made, *(f"{name}.quantized" for name in made)])
 
     def write(self) -> bytes:
-        values = infer_shapes(self.operations, self.inputs | self.parameters)
+        values = infer_shapes(self.steps, self.inputs | self.parameters)
         shapes = {name: tuple(tensor.shape) for name, tensor in values.items()}
         names: dict[str, str] = {}
         for name, tensor in self.inputs.items():
             self.graph.input(name, shapes[name], numpy_dtype(tensor))
             names[name] = self._quantized(name)
-        for name in dict.fromkeys(name for operation in self.operations for name in names_of(operation.inputs)):
+        for name in dict.fromkeys(name for step in self.steps for name in names_of(step.inputs)):
             if name in self.parameters:
                 names[name] = self.graph.tensor(name, self._parameter(name))
-        for operation in self.operations:
-            inputs, known = resolve(operation.inputs, names), resolve(operation.inputs, shapes)
-            output = operation.output
-            ROWS[operation.op](Call(self.graph, inputs, known, output, shapes[output], operation.attributes))
+        for step in self.steps:
+            inputs, known = resolve(step.inputs, names), resolve(step.inputs, shapes)
+            output = step.output
+            ROWS[step.op](Call(self.graph, inputs, known, output, shapes[output], step.attributes))
             names[output] = self._quantized(output)
         file = "fake_quant" if self.simulated else "float"
         return self.graph.to_bytes(names[self.result], shapes[self.result], BATCH, {"calibquant.file": file})
@@ -104,15 +94,15 @@ class _FloatFile:
     def _round_biases(self) -> None:
         """Each product gets the bias that the simulation gives it; several may share one parameter."""
         biases = self.model.biases()
-        for i, operation in enumerate(self.operations):
-            if operation.output in biases:
-                _, _, bias = biases[operation.output]
-                rounding = self.model.simulation.get_submodule(f"bias_roundings.{operation.output}")
-                name = f"{operation.output}.rounded_bias"
+        for i, step in enumerate(self.steps):
+            if step.output in biases:
+                _, _, bias = biases[step.output]
+                rounding = self.model.simulation.get_submodule(f"bias_roundings.{step.output}")
+                name = f"{step.output}.rounded_bias"
                 self.parameters[name] = rounding(bias)
-                place = OPS[operation.op].bias
-                inputs = tuple(name if j == place else value for j, value in enumerate(operation.inputs))
-                self.operations[i] = replace(operation, inputs=inputs)
+                place = OPS[step.op].bias
+                inputs = tuple(name if j == place else value for j, value in enumerate(step.inputs))
+                self.steps[i] = replace(step, inputs=inputs)
 
     def _parameter(self, name: str) -> Any:
         if self.simulated and name in self.model.weight_quantizers:
@@ -163,10 +153,10 @@ def _dynamic_range(graph: OnnxGraph, name: str, quantizer: ActivationQuantizer) 
     return add("Where", negative, even, scale), add("Where", negative, middle, zero_point)
 
 
-def _operation(node: fx.Node) -> _Operation:
+def _step(node: fx.Node) -> Step:
     op = op_of(node)
     assert op is not None
-    return _Operation(op.name, _named(node.args), node.name, node.kwargs)
+    return Step(op.name, _named(node.args), node.name, node.kwargs)
 
 
 def _named(argument: Any) -> Any:

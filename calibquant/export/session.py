@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,30 +85,26 @@ def open_session(name: str, data: bytes, threads: int | None = None) -> Session:
     return Session(name, inputs, outputs, runtime.__version__, session)
 
 
-def import_runtime() -> Any:
-    """The package onnxruntime.
+def import_library(name: str, mend: str) -> Any:
+    """A package that ONNX files need, imported where they are used.
 
     Raises:
         ModelError: it is not installed.
     """
     try:
-        import onnxruntime
+        return importlib.import_module(name)
     except ImportError:
-        raise ModelError("onnxruntime", "is not installed", "pip install 'onnxruntime>=1.24'") from None
-    return onnxruntime
+        raise ModelError(name, "is not installed", mend) from None
+
+
+def import_runtime() -> Any:
+    """The package onnxruntime; see `import_library`."""
+    return import_library("onnxruntime", "pip install 'onnxruntime>=1.24'")
 
 
 def import_onnx() -> Any:
-    """The package onnx.
-
-    Raises:
-        ModelError: it is not installed.
-    """
-    try:
-        import onnx
-    except ImportError:
-        raise ModelError("onnx", "is not installed", "pip install onnx") from None
-    return onnx
+    """The package onnx; see `import_library`."""
+    return import_library("onnx", "pip install onnx")
 
 
 def brief(error: BaseException) -> str:
