@@ -268,11 +268,12 @@ MACHINE = [
     ),
     *(
         Case(f"Ctrl-C in {stage}", D, "interrupted; nothing was left behind",
-             lambda s, stage=stage: s.fail(f"calibquant.pipeline.quantizing.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
-        for stage in ("prepare", "calibrate_weights", "calibrate_activations", "write_run")
+             lambda s, stage=stage: s.fail(f"calibquant.pipeline.{stage}", KeyboardInterrupt()))  # type: ignore[misc]
+        for stage in ("stages.prepare", "stages.calibrate_weights", "stages.calibrate_activations",
+                      "quantizing.write_run")
     ),
     Case("bug", D, r"internal error \(ZeroDivisionError: oh no\); run again with --debug",
-         lambda s: s.fail("calibquant.pipeline.quantizing.make_plan", ZeroDivisionError("oh\nno"))),
+         lambda s: s.fail("calibquant.pipeline.stages.make_plan", ZeroDivisionError("oh\nno"))),
     Case("network giving maps", D, r"network output: is \(3, 4, 14, 14\), not \(N, classes\); give a network",
          lambda s: s.network(nn.Sequential(nn.Conv2d(1, 4, 3)))),
     Case("network giving vectors of one image", D, "network output: is .*; give a network",

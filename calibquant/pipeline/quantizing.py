@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from calibquant.data import ImageSet, batches, manifest_csv
-from calibquant.errors import CalibQuantError, RecipeError
+from calibquant.data import ImageSet, manifest_csv
 from calibquant.evaluation import Evaluation
-from calibquant.parallel import resolve_device, set_threads
-from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
-from calibquant.pipeline.exporting import export_files
-from calibquant.pipeline.measuring import measure, run_recipe
-from calibquant.pipeline.preparing import Prepared, prepare
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
-from calibquant.pipeline.run_inputs import entering
+from calibquant.parallel import set_threads
+from calibquant.pipeline.checkpoint import load_checkpoint
+from calibquant.pipeline.measuring import run_recipe
+from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
+from calibquant.pipeline.stages import Live, Steps, calibrate, evaluate_both, export, learn, open_job, step_names
 from calibquant.pipeline.writing import run_metrics, write_run
-from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
+from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
 from calibquant.zoo import regularizer_of
-
-ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 
 
 @dataclass(frozen=True)
@@ -48,20 +37,6 @@ class Run:
     model: QuantModel
     metrics: dict[str, Any]
     evaluation: Evaluation
-
-
-@dataclass
-class _Clock:
-    """Seconds per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, before: float = 0.0) -> Iterator[None]:
-        """Time a stage; `before` is what an interrupted run spent in it."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(before + time.perf_counter() - begin, 3)
 
 
 def quantize(
@@ -130,163 +105,31 @@ def resume(
         return _run(folder, run_recipe(folder), (network, calibration, evaluation), reporter or Silent())
 
 
-def _run(
-    folder: RunFolder,
-    recipe: Recipe,
-    live: tuple[nn.Module | None, ImageSet | None, ImageSet | None],
-    reporter: Reporter,
-) -> Run:
-    threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
-    clock = _Clock()
-    learning = recipe.reconstruct.method != "none"
-    total = 6 + learning + recipe.export.onnx
+def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> Run:
+    threads, steps = set_threads(recipe.threads), Steps(reporter, step_names(recipe))
     with log_to(folder):
-        begin(reporter, 1, total, "Open the network and the images")
-        with clock.stage("prepare"):
-            prepared = prepare(recipe, *live)
-            if learning and prepared.entries != 1:
-                problem = f"{recipe.reconstruct.method} needs a network or part with one input"
-                raise RecipeError("recipe, reconstruct.method", problem, "use none")
-            model = QuantModel(
-                prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
-            )
-        note(reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
-        progress = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
+        job = open_job(recipe, live, steps)
+        progress = load_checkpoint(folder, job.model, manifest_csv(job.prepared.manifest))
         if progress is None:
-            begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
-            with clock.stage("weights"):
-                calibrate_weights(model, recipe.quant, reporter.progress)
-            begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
-            with clock.stage("activations"):
-                _observe(recipe, prepared, model, device, reporter)
-            model.to(device)  # ranges are found on the CPU
-            _fit_biases(model, reporter)
-            with clock.stage("accumulation"):
-                nearest = _errors(recipe, prepared, model, device)
-            progress = Progress([], nearest, dict(clock.seconds))
+            progress = calibrate(job)
         else:
-            clock.seconds |= progress.seconds
+            steps.seconds.update(progress.seconds)
             note(reporter, f"going on after {len(progress.reports)} reconstructed units")
-            model.to(device)
+            job.model.to(job.device)
         after = None
-        if learning:
-            begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
-            with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
-                progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
-                after = _errors(recipe, prepared, model, device)
-        begin(reporter, 4 + learning, total, "Evaluate the float network")
-        with clock.stage("evaluate_float"):
-            images = prepared.images if prepared.evaluation is None else prepared.evaluation
-            float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, 5 + learning, total, f"Evaluate the {recipe.setting} network")
-        with clock.stage("evaluate_quantized"):
-            quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
-        skipped = prepared.images.skipped | images.skipped
-        if skipped:
-            note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
-        files: dict[str, bytes] = {}
-        if recipe.export.onnx:
-            begin(reporter, total - 1, total, "Export to ONNX and compare")
-            with clock.stage("export"):
-                files = _export(recipe, prepared, model, reporter)
-            model.to(device)
-        begin(reporter, total, total, "Write the run folder")
-        metrics = run_metrics(
-            recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
-        )
-        write_run(folder, recipe, prepared, model, metrics, files, {"threads": threads, "device": str(device)})
-        folder.remove("checkpoint*")
-    return Run(final_path(folder.path), model, metrics, quantized)
-
-
-def _reconstruct(
-    folder: RunFolder,
-    recipe: Recipe,
-    prepared: Prepared,
-    model: QuantModel,
-    before: Progress,
-    device: torch.device,
-    reporter: Reporter,
-) -> Progress:
-    """Learn the units that have no report yet; a checkpoint after each."""
-    manifest, found = manifest_csv(prepared.manifest), before
-    learned = reconstruct(
-        model,
-        torch.cat(list(prepared.inputs(recipe.calibration.batch_size))),
-        recipe.reconstruct,
-        recipe.seed,
-        device,
-        reporter.progress,
-        len(found.reports),
-        partial(_observe, recipe, prepared, model, device, Silent(), True),
-        folder.path,
-    )
-    for report in learned:
-        found = replace(found, reports=[*found.reports, report])
-        save_checkpoint(folder, model, manifest, found)
-        result = "kept" if report.kept else "rolled back"
-        log.info(
-            "unit %s, %s: loss %.5g -> %.5g, %s",
-            report.unit, report.phase, report.loss_before, report.loss_after, result,
-        )  # fmt: skip
-    _fit_biases(model, reporter)  # learned scales may have become smaller
-    rolled = sum(not report.kept for report in found.reports)
-    note(reporter, f"{len(found.reports)} units, {rolled} rolled back")
-    return found
-
-
-def _export(recipe: Recipe, prepared: Prepared, model: QuantModel, reporter: Reporter) -> dict[str, bytes]:
-    """The ONNX files by name. What deviates is told and left out: a run is not lost for its export."""
-    settings = recipe.export
-    try:
-        images = entering(prepared, settings.images)
-        made = export_files(model.to("cpu"), images, settings.storage, threads=recipe.threads or 1)
-    except CalibQuantError as error:
-        note(reporter, f"no ONNX files: {error}")
-        return {}
-    for name, reason in made.left_out.items():
-        note(reporter, f"{name} is left out: {reason}")
-    return made.files
-
-
-def _fit_biases(model: QuantModel, reporter: Reporter) -> None:
-    """See `quantization.fit_biases`; what it changed is told."""
-    for node, channels in fit_biases(model.biases()).items():
-        note(reporter, f"{node}: the scales of {channels} channels were raised so that the bias fits int32")
-
-
-def _observe(
-    recipe: Recipe,
-    prepared: Prepared,
-    model: QuantModel,
-    device: torch.device,
-    reporter: Reporter,
-    quantized_weights: bool = False,
-) -> None:
-    """Find the activation ranges on the images that the recipe gives for it."""
-    calibrate_activations(
-        model,
-        recipe.quant.activations,
-        _range_batches(recipe, prepared.images, device, reporter),
-        lambda part: prepared.mount(part).to(device),
-        quantized_weights,
-    )
-
-
-def _errors(recipe: Recipe, prepared: Prepared, model: QuantModel, device: torch.device) -> dict[str, float]:
-    """Relative feature error after each block, on the first calibration images; none for a part with several inputs."""
-    if prepared.entries != 1:
-        return {}
-    return feature_errors(model, prepared.inputs(recipe.calibration.batch_size, ERROR_IMAGES), device)
-
-
-def _range_batches(recipe: Recipe, images: ImageSet, device: torch.device, reporter: Reporter) -> Iterator[Tensor]:
-    count = min(recipe.calibration.range_count or len(images), len(images))
-    done = 0
-    for batch in batches(images.subset(range(count)), recipe.calibration.batch_size):
-        yield batch.images.to(device)
-        done += len(batch.images)
-        reporter.progress(done, count)
+        if recipe.reconstruct.method != "none":
+            progress, after = learn(folder, job, progress)
+        float_result, quantized = evaluate_both(job)
+        files = export(job) if recipe.export.onnx else {}
+        with steps.begin("write", "Write the run folder"):
+            metrics = run_metrics(
+                recipe, job.prepared, job.model, float_result, quantized, progress.reports,
+                (progress.nearest, after), dict(steps.seconds),
+            )  # fmt: skip
+            machine = {"threads": threads, "device": str(job.device)}
+            write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
+            folder.remove("checkpoint*")
+    return Run(final_path(folder.path), job.model, metrics, quantized)
 
 
 def _stem(recipe: Recipe, network: nn.Module | None) -> str:

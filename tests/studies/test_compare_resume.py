@@ -15,7 +15,7 @@ import pytest
 from small_study import Study, Told, without_seconds
 
 from calibquant.errors import RunFolderError
-from calibquant.pipeline import quantizing
+from calibquant.pipeline import stages
 from calibquant.studies.compare import Comparison, cells
 
 RUN_FILES = ("model.safetensors", "graph.json", "record.json", "manifest.csv")
@@ -47,17 +47,17 @@ def test_killed_after_a_cell_it_goes_on(
 def test_an_interrupted_cell_goes_on_and_ends_with_the_same_bytes(
     study: Study, told: Told, finished: tuple[Comparison, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = quantizing.save_checkpoint
+    save = stages.save_checkpoint
 
     def interrupting(folder: Any, *more: Any) -> None:
         save(folder, *more)
         if (folder.path / "checkpoint-0002.safetensors").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantizing, "save_checkpoint", interrupting)
+    monkeypatch.setattr(stages, "save_checkpoint", interrupting)
     with pytest.raises(RunFolderError, match="interrupted after 1 of 4 cells; the same command goes on"):
         study()
-    monkeypatch.setattr(quantizing, "save_checkpoint", save)
+    monkeypatch.setattr(stages, "save_checkpoint", save)
     comparison = study(reporter=told)
     assert told.ways == ["taken", "resumed", "run", "run"]
     whole, _ = finished

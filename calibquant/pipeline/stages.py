@@ -1,0 +1,220 @@
+"""The stages of a run as functions of a job; `quantizing` knows their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.data import ImageSet, batches, manifest_csv
+from calibquant.errors import CalibQuantError, RecipeError
+from calibquant.evaluation import Evaluation
+from calibquant.parallel import resolve_device
+from calibquant.pipeline.checkpoint import Progress, save_checkpoint
+from calibquant.pipeline.exporting import export_files
+from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.preparing import Prepared, prepare
+from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
+from calibquant.pipeline.run_inputs import entering
+from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
+from calibquant.recipe import Recipe
+from calibquant.reconstruction import feature_errors, reconstruct
+from calibquant.runfolder import RunFolder
+
+ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
+Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Announces the steps of a run and takes their time.
+
+    Args:
+        reporter: hears of them.
+        names: of the steps that will come, in order.
+        seconds: by name; filled as they end.
+    """
+
+    reporter: Reporter
+    names: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def begin(self, name: str, title: str, before: float = 0.0) -> Iterator[None]:
+        """A numbered step; `before` is what an interrupted run spent in it."""
+        begin(self.reporter, self.names.index(name) + 1, len(self.names), title)
+        with self.time(name, before):
+            yield
+
+    @contextmanager
+    def time(self, name: str, before: float = 0.0) -> Iterator[None]:
+        """Time something within or without a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(before + time.perf_counter() - start, 3)
+
+
+def step_names(recipe: Recipe) -> tuple[str, ...]:
+    """The steps of a run."""
+    learning = ("reconstruct",) if recipe.reconstruct.method != "none" else ()
+    exporting = ("export",) if recipe.export.onnx else ()
+    return ("prepare", "weights", "activations", *learning, "evaluate_float", "evaluate_quantized", *exporting, "write")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its images and networks.
+
+    Args:
+        recipe: what is to be done.
+        prepared: the float network and the images.
+        model: the network that is quantized, on `device` but while it is exported.
+        device: where it runs.
+        steps: of the run.
+    """
+
+    recipe: Recipe
+    prepared: Prepared
+    model: QuantModel
+    device: torch.device
+    steps: Steps
+
+    @property
+    def reporter(self) -> Reporter:
+        """Who hears of it."""
+        return self.steps.reporter
+
+    def mount(self, part: nn.Module) -> nn.Module:
+        """`part` where images reach it, on the device."""
+        return self.prepared.mount(part).to(self.device)
+
+
+def open_job(recipe: Recipe, live: Live, steps: Steps) -> Job:
+    """Open the network and the images, and plan the quantized network.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images.
+    """
+    device = resolve_device(recipe.device)
+    with steps.begin("prepare", "Open the network and the images"):
+        prepared = prepare(recipe, *live)
+        if recipe.reconstruct.method != "none" and prepared.entries != 1:
+            problem = f"{recipe.reconstruct.method} needs a network or part with one input"
+            raise RecipeError("recipe, reconstruct.method", problem, "use none")
+        plan = make_plan(prepared.teacher, recipe.quant)
+        model = QuantModel(prepared.teacher.to(device), plan, recipe.quant.activations.dynamic)
+    note(steps.reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
+    return Job(recipe, prepared, model, device, steps)
+
+
+def calibrate(job: Job) -> Progress:
+    """Round weights, find activation ranges, and measure how the error grows."""
+    recipe, model, steps = job.recipe, job.model, job.steps
+    with steps.begin("weights", f"Round weights to {recipe.quant.weights.bits} bits"):
+        calibrate_weights(model, recipe.quant, steps.reporter.progress)
+    with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
+        _observe(job, steps.reporter)
+    model.to(job.device)  # ranges are found on the CPU
+    _fit_biases(job)
+    with steps.time("accumulation"):
+        errors = _errors(job)
+    return Progress([], errors, dict(steps.seconds))
+
+
+def learn(folder: RunFolder, job: Job, before: Progress) -> tuple[Progress, dict[str, float]]:
+    """Reconstruct the units that have no report yet, with a checkpoint after each.
+
+    Returns:
+        all reports, and how the error grows afterwards.
+    """
+    recipe, model, found, manifest = job.recipe, job.model, before, manifest_csv(job.prepared.manifest)
+    spent = sum(report.seconds for report in before.reports)
+    with job.steps.begin("reconstruct", f"Reconstruct by {recipe.reconstruct.method}", spent):
+        learned = reconstruct(
+            model,
+            torch.cat(list(job.prepared.inputs(recipe.calibration.batch_size))),
+            recipe.reconstruct,
+            recipe.seed,
+            job.device,
+            job.reporter.progress,
+            len(found.reports),
+            partial(_observe, job, Silent(), True),
+            folder.path,
+        )
+        for report in learned:
+            found = replace(found, reports=[*found.reports, report])
+            save_checkpoint(folder, model, manifest, found)
+            result = "kept" if report.kept else "rolled back"
+            log.info(
+                "unit %s, %s: loss %.5g -> %.5g, %s",
+                report.unit, report.phase, report.loss_before, report.loss_after, result,
+            )  # fmt: skip
+        _fit_biases(job)  # learned scales may have become smaller
+        rolled = sum(not report.kept for report in found.reports)
+        note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
+        return found, _errors(job)
+
+
+def evaluate_both(job: Job) -> tuple[Evaluation, Evaluation]:
+    """What the float and the quantized network do on the evaluation images, or the calibration images without such."""
+    recipe, prepared, device, reporter = job.recipe, job.prepared, job.device, job.reporter
+    images = prepared.images if prepared.evaluation is None else prepared.evaluation
+    with job.steps.begin("evaluate_float", "Evaluate the float network"):
+        float_result = measure(recipe, job.mount(job.model.teacher), images, device, reporter)
+    with job.steps.begin("evaluate_quantized", f"Evaluate the {recipe.setting} network"):
+        quantized = measure(recipe, job.mount(job.model), images, device, reporter, float_result)
+    skipped = prepared.images.skipped | images.skipped
+    if skipped:
+        note(reporter, f"{len(skipped)} unreadable images were left out; log.txt names them")
+    return float_result, quantized
+
+
+def export(job: Job) -> dict[str, bytes]:
+    """The ONNX files by name. What deviates is told and left out: a run is not lost for its export."""
+    settings = job.recipe.export
+    with job.steps.begin("export", "Export to ONNX and compare"):
+        try:
+            images = entering(job.prepared, settings.images)
+            made = export_files(job.model.to("cpu"), images, settings.storage, threads=job.recipe.threads or 1)
+        except CalibQuantError as error:
+            note(job.reporter, f"no ONNX files: {error}")
+            return {}
+        finally:
+            job.model.to(job.device)
+    for name, reason in made.left_out.items():
+        note(job.reporter, f"{name} is left out: {reason}")
+    return made.files
+
+
+def _fit_biases(job: Job) -> None:
+    """See `quantization.fit_biases`; what it changed is told."""
+    for node, channels in fit_biases(job.model.biases()).items():
+        note(job.reporter, f"{node}: the scales of {channels} channels were raised so that the bias fits int32")
+
+
+def _observe(job: Job, reporter: Reporter, quantized_weights: bool = False) -> None:
+    """Find the activation ranges on the images that the recipe gives for it."""
+    calibrate_activations(
+        job.model, job.recipe.quant.activations, _range_batches(job, reporter), job.mount, quantized_weights
+    )
+
+
+def _errors(job: Job) -> dict[str, float]:
+    """Relative feature error after each block, on the first calibration images; none for a part with several inputs."""
+    if job.prepared.entries != 1:
+        return {}
+    return feature_errors(job.model, job.prepared.inputs(job.recipe.calibration.batch_size, ERROR_IMAGES), job.device)
+
+
+def _range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
+    images = job.prepared.images
+    count, done = min(job.recipe.calibration.range_count or len(images), len(images)), 0
+    for batch in batches(images.subset(range(count)), job.recipe.calibration.batch_size):
+        yield batch.images.to(job.device)
+        done += len(batch.images)
+        reporter.progress(done, count)
