@@ -19,7 +19,10 @@ Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Pixels = Annotated[int, Field(ge=1)]
 REGULARIZER = 0.01  # weight of the rounding regularizer for networks of which no other is published
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Observer = Literal["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
+Observer = Literal[
+    "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl",
+    "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg",
+]  # fmt: skip
 Placement = Literal["integer", "academic"]
 Boundary = Literal["brecq", "qdrop", "captq", "none"]
 Sampling = Literal["without_replacement", "with_replacement", "within_batch"]
@@ -88,7 +91,7 @@ class WeightRecipe(Section):
     bits: Bits = 4
     symmetric: bool = False
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
-    observer: Literal["minmax", "percentile", "mse", "mse-shrink"] = "mse"
+    observer: Literal["minmax", "percentile", "mse", "mse-shrink", "arq"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
 
 

@@ -15,7 +15,10 @@ from calibquant.zoo import build, save_weights
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"])
+@pytest.mark.parametrize(
+    "observer",
+    ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl", "aciq", "ifmr", "hfmg"],
+)
 def test_cuda_equals_cpu(tmp_path: Path, observer: str) -> None:
     torch.manual_seed(0)
     weights = tmp_path / "digits.safetensors"

@@ -19,9 +19,9 @@ BALANCER = 0.5
 def amct_config(model: QuantModel, recipe: QuantRecipe, batches: int, learned: bool) -> dict[str, Any]:
     """The content of config.json.
 
-    Keys are those of record.txt. AMCT's words stand for what was done: `ifmr` for ranges by minimum and maximum,
-    percentile or squared error, `hfmg` for those from a histogram's divergence; `arq_quantize` for rounding to
-    nearest, `ada_quantize` for learned rounding. A layer is enabled when both its weight and its input are quantized.
+    Keys are those of record.txt. AMCT's words stand for what was done: `hfmg` for that observer and for ranges by a
+    histogram's divergence, `ifmr` for all others; `arq_quantize` for rounding to nearest, `ada_quantize` for learned
+    rounding. A layer is enabled when both its weight and its input are quantized.
 
     Args:
         model: the quantized network.
@@ -66,7 +66,7 @@ def _layer(row: dict[str, Any] | None, model: QuantModel, recipe: QuantRecipe, l
 def _activation(bits: int, recipe: QuantRecipe) -> dict[str, Any]:
     own = recipe.activations
     asymmetric = not own.symmetric
-    if own.observer == "kl":
+    if own.observer in ("kl", "hfmg"):
         return {"num_bits": bits, "act_algo": "hfmg", "num_of_bins": 4096, "asymmetric": asymmetric}
     kept = PERCENTILE if own.observer != "percentile" else round(1 - (1 - own.percentile / 100) / 2, 8)
     return {

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from calibquant.errors import QuantizationError
+from calibquant.graph.limits import limits_of
 from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
@@ -279,7 +280,7 @@ class _Lowering:
                 return node, None
             if kind_of(reader) is Kind.CONCAT and (grid := self._grid(reader)) is not None:
                 return last, _limited(grid, low, high)
-            limits = _limits(reader)
+            limits = limits_of(reader)
             if limits is None:
                 return node, None
             low, high = (min(max(value, limits[0]), limits[1]) for value in (low, high))
@@ -334,15 +335,6 @@ class _Lowering:
     def _add(self, step: Step) -> None:
         self.steps.append(step)
         self.grids[step.output] = step.grid
-
-
-def _limits(node: fx.Node) -> tuple[float, float] | None:
-    """The limits of a function that only limits its input; None for any other node."""
-    op = op_of(node)
-    if op is None or not op.limits:
-        return None
-    low, high = (0.0, None) if op.name == "relu" else (node.kwargs["low"], node.kwargs["high"])
-    return -math.inf if low is None else low, math.inf if high is None else high  # type: ignore[return-value]
 
 
 def _limited(grid: ActivationGrid, low: float, high: float) -> ActivationGrid:

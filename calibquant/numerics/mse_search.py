@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import MIN_SCALE, affine_from_range
 from calibquant.numerics.grid import Granularity, Grid
 from calibquant.numerics.histogram import Histogram
 from calibquant.numerics.mse_bounds import group_levels
-from calibquant.numerics.rows import Rows, as_matrix, as_range, padded
+from calibquant.numerics.rows import Rows, as_matrix, as_range, padded, rows_of
 
 Side = Literal["pos", "neg", "no"]
 WIDTHS = 100
@@ -85,12 +84,7 @@ def mse_range_of(histogram: Histogram, grid: Grid, symmetric: bool, p: float = 2
     Raises:
         QuantizationError: the histogram is empty.
     """
-    if not histogram.total:
-        raise QuantizationError("clipping range", "the histogram is empty", "add at least one value")
-    used = histogram.counts > 0
-    centers = histogram.centers[used].clamp(histogram.minimum, histogram.maximum).float()
-    shares = (histogram.counts[used].double() / histogram.total).float()
-    rows = Rows(padded(centers[None]), len(centers), padded(shares[None]))
+    rows = rows_of(histogram)
     low, high = torch.tensor([histogram.minimum]), torch.tensor([histogram.maximum])
     family = _Family(low, high, side_of(histogram.minimum, histogram.maximum), grid, symmetric)
     low, high = family.chosen(_pruned_search(rows, family, p).candidate)

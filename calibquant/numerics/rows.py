@@ -10,6 +10,7 @@ from torch import Tensor
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import fake_quantize
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
+from calibquant.numerics.histogram import Histogram
 
 _ALIGN = 64
 _CPU_BLOCK = 30720  # below 32768, where torch begins to split an operation among threads; a multiple of _ALIGN
@@ -76,6 +77,20 @@ def as_matrix(x: Tensor, granularity: Granularity) -> Tensor:
     if isinstance(granularity, PerTensor):
         return x.reshape(1, -1)
     return x.movedim(granularity.axis, 0).reshape(x.shape[granularity.axis], -1)
+
+
+def rows_of(histogram: Histogram) -> Rows:
+    """One row of a histogram's occupied bins: their centers, cut to the extremes, weighted by their counts.
+
+    Raises:
+        QuantizationError: the histogram is empty.
+    """
+    if not histogram.total:
+        raise QuantizationError("clipping range", "the histogram is empty", "add at least one value")
+    used = histogram.counts > 0
+    centers = histogram.centers[used].clamp(histogram.minimum, histogram.maximum).float()
+    shares = (histogram.counts[used].double() / histogram.total).float()
+    return Rows(padded(centers[None]), len(centers), padded(shares[None]))
 
 
 def as_range(low: Tensor, high: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:

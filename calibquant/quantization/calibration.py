@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.errors import DataError, QuantizationError
+from calibquant.graph.limits import UNLIMITED, before_limits
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
 from calibquant.quantization.model import QuantModel, parameter_tensors
-from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
+from calibquant.quantization.observers import DENSITIES, ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, QuantRecipe
 
 
@@ -49,6 +51,8 @@ def calibrate_activations(
 ) -> None:
     """Find each activation's range on the float network, or on the one whose weights alone are quantized.
 
+    Observers that fit a density see what enters a function that only limits values (ReLU), all others what it returns.
+
     Args:
         model: its activation quantizers receive scales and zero points.
         recipe: the observer.
@@ -60,15 +64,11 @@ def calibrate_activations(
         QuantizationError: there are no images.
         DataError: an activation is not finite.
     """
-    observers = {
-        name: make_observer(recipe, quantizer.plan)
-        for name, quantizer in model.activation_quantizers.items()
-        if not quantizer.dynamic
-    }
+    observers = _observers(model, recipe)
     if not observers:
         return  # every range is taken at run time
     network = model.simulation if quantized_weights else model.teacher
-    observed, images = mount(_Observed(network, observers)), 0
+    observed, images = mount(_Observed(network, observers.values())), 0
     with torch.inference_mode(), model.float_mode():
         model.enable(weights=True, activations=False)
         for batch in batches:
@@ -76,14 +76,25 @@ def calibrate_activations(
             images += len(batch)
     if not images:
         raise QuantizationError("calibration", "got no images", "give at least two calibration images")
-    for name, observer in observers.items():
+    for name, (_, observer) in observers.items():
         model.activation_quantizers[name].set_range(*observer.range())
 
 
-class _Observed(nn.Module):
-    """The float network; observers see the outputs of the nodes they stand for."""
+def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[str, ActivationObserver]]:
+    """By quantizer with a stored range: the node whose values its observer sees, and the observer."""
+    found: dict[str, tuple[str, ActivationObserver]] = {}
+    for node in model.teacher.graph.nodes:
+        quantizer = model.activation_quantizers.get(node.name)
+        if quantizer is not None and not quantizer.dynamic:
+            source, limits = before_limits(node) if recipe.observer in DENSITIES else (node, UNLIMITED)
+            found[node.name] = source.name, make_observer(recipe, quantizer.plan, limits)
+    return found
 
-    def __init__(self, network: fx.GraphModule, observers: dict[str, ActivationObserver]) -> None:
+
+class _Observed(nn.Module):
+    """The float network; each observer sees the outputs of the node that it is paired with."""
+
+    def __init__(self, network: fx.GraphModule, observers: Iterable[tuple[str, ActivationObserver]]) -> None:
         super().__init__()
         self.network, self.interpreter = network, _Interpreter(network, observers)
 
@@ -92,16 +103,18 @@ class _Observed(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule, observers: dict[str, ActivationObserver]) -> None:
+    def __init__(self, network: fx.GraphModule, observers: Iterable[tuple[str, ActivationObserver]]) -> None:
         super().__init__(network)
-        self.observers = observers
+        self.observers: dict[str, list[ActivationObserver]] = defaultdict(list)
+        for name, observer in observers:
+            self.observers[name].append(observer)
         self.extra_traceback = False  # an error stays one line
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.observers:
+        for observer in self.observers.get(n.name, ()):
             try:
-                self.observers[n.name].update(value)
+                observer.update(value)
             except DataError as error:
                 raise DataError(f"activations of {n.name}", error.problem, error.mend) from None
         return value

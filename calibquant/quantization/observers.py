@@ -10,12 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from calibquant.errors import QuantizationError
+from calibquant.graph.limits import UNLIMITED, Limits
+from calibquant.numerics.aciq import Density, aciq_range_of
+from calibquant.numerics.amct import arq_range, hfmg_range_of, ifmr_range_of
 from calibquant.numerics.clipping import (
     Side,
     kl_range_of,
@@ -33,6 +36,8 @@ from calibquant.quantization.plan import TensorPlan
 from calibquant.recipe import ActivationRecipe, WeightRecipe
 
 _Same = TypeVar("_Same", bound="ActivationObserver")
+# Observers that fit a density to values, and must therefore see them before a ReLU has made half of them zeros.
+DENSITIES: dict[str, Density | Literal["auto"]] = {"aciq": "auto", "aciq-laplace": "laplace", "aciq-gauss": "gauss"}
 
 
 class ActivationObserver(ABC):
@@ -59,14 +64,21 @@ class ActivationObserver(ABC):
         """
 
 
-def make_observer(recipe: ActivationRecipe, plan: TensorPlan) -> ActivationObserver:
+def make_observer(recipe: ActivationRecipe, plan: TensorPlan, limits: Limits = UNLIMITED) -> ActivationObserver:
     """The observer that `recipe.observer` names, for a quantizer as planned.
 
     "minmax": smallest and largest value. "moving-average": means of the batches' minima and maxima. "percentile",
-    "mse", "kl": searches on a histogram of all values. "mse-batch", "mse-shrink": searches on the values of each batch,
-    as QDrop's MSEObserver and BRECQ's released code do, see `BatchObserver`.
+    "mse", "kl", "ifmr", "hfmg": searches on a histogram of all values. "aciq", "aciq-laplace", "aciq-gauss": the range
+    that is best for a density fitted to it. "mse-batch", "mse-shrink": searches on the values of each batch, as QDrop's
+    MSEObserver and BRECQ's released code do, see `BatchObserver`.
     A symmetric quantizer decides its sign from the data: the searches score values without a negative one on the whole
     grid, as `quantizers.activation_affine` uses it.
+
+    Args:
+        recipe: the observer's name and percentile.
+        plan: of the quantizer.
+        limits: what a function behind the observed values lets through. Only an observer of `DENSITIES` sees values
+            before such a function; see `calibration.calibrate_activations`.
     """
     name, grid, symmetric = recipe.observer, plan.grid, plan.symmetric
     if name == "minmax":
@@ -81,7 +93,12 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan) -> ActivationObser
         return HistogramObserver(partial(percentile_range_of, percent=recipe.percentile))
     if name == "kl":
         return HistogramObserver(partial(kl_range_of, grid=grid))
-    return HistogramObserver(partial(_mse_range_of, grid=grid, symmetric=symmetric))
+    if name == "hfmg":
+        return HistogramObserver(partial(hfmg_range_of, grid=grid))
+    if name in DENSITIES:
+        return HistogramObserver(partial(aciq_range_of, bits=grid.bits, density=DENSITIES[name], limits=limits))
+    search = ifmr_range_of if name == "ifmr" else mse_range_of
+    return HistogramObserver(partial(_search_as_used, search=search, grid=grid, symmetric=symmetric))
 
 
 def weight_range(w: Tensor, recipe: WeightRecipe, plan: TensorPlan) -> tuple[Tensor, Tensor]:
@@ -99,14 +116,18 @@ def weight_range(w: Tensor, recipe: WeightRecipe, plan: TensorPlan) -> tuple[Ten
         return minmax_range(w, plan.granularity)
     if recipe.observer == "percentile":
         return percentile_range(w, plan.granularity, recipe.percentile)
+    if recipe.observer == "arq":
+        return arq_range(w, plan.grid, plan.symmetric, plan.granularity)
     if recipe.observer == "mse-shrink":
         return mse_shrink_range(w, plan.grid, plan.symmetric, plan.granularity)
     return mse_range(w, plan.grid, plan.symmetric, plan.granularity)
 
 
-def _mse_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _search_as_used(
+    histogram: Histogram, search: Callable[[Histogram, Grid, bool], tuple[Tensor, Tensor]], grid: Grid, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """What is scored is what will be used: without negative values the whole grid serves [0, high]."""
-    return mse_range_of(histogram, grid, symmetric and histogram.minimum < 0)
+    return search(histogram, grid, symmetric and histogram.minimum < 0)
 
 
 def _mse_range_of_batch(x: Tensor, side: Side, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from calibquant.quantization.quantizers import ActivationQuantizer, activation_a
 from calibquant.recipe import ActivationRecipe, Observer, QuantRecipe, WeightRecipe
 
 ALL_BITS = [2, 3, 4, 5, 6, 7, 8, 16]
-OBSERVERS: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
+OBSERVERS: list[Observer] = [
+    "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl", "ifmr", "hfmg",
+]  # fmt: skip
 
 
 class Net(nn.Module):
@@ -249,7 +251,7 @@ def test_a_weight_that_is_no_number_is_named() -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("observer", [*OBSERVERS, "aciq"])
 def test_activations_that_are_no_numbers_are_one_line_errors(observer: Observer) -> None:
     recipe = QuantRecipe(activations=ActivationRecipe(observer=observer))
     x = images()

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from calibquant.errors import DataError, QuantizationError
+from calibquant.numerics.amct import arq_range, ifmr_range_of
 from calibquant.numerics.clipping import mse_range_exhaustive, mse_shrink_range
 from calibquant.numerics.grid import Grid, PerChannel, PerTensor
+from calibquant.numerics.histogram import Histogram
 from calibquant.quantization import TensorPlan
 from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, Observer, WeightRecipe
 
 torch.set_num_threads(1)
-NAMES: list[Observer] = ["minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl"]
+OF_HISTOGRAMS: list[Observer] = ["percentile", "mse", "kl", "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg"]
+NAMES: list[Observer] = ["minmax", "moving-average", "mse-batch", "mse-shrink", *OF_HISTOGRAMS]
 Search = Callable[[Tensor, Grid, bool, PerTensor], tuple[Tensor, Tensor]]
 OF_BATCHES: list[tuple[Observer, Search]] = [("mse-batch", mse_range_exhaustive), ("mse-shrink", mse_shrink_range)]
 
@@ -79,7 +82,7 @@ def test_merging_equals_streaming(name: Observer) -> None:
     assert tuple(float(v) for v in fresh.range()) == found
 
 
-@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "kl"])
+@pytest.mark.parametrize("name", ["minmax", *OF_HISTOGRAMS])
 def test_batching_does_not_matter(name: Observer) -> None:
     data = batches()
     assert observed(name, data) == observed(name, [torch.cat(data)]) == observed(name, data[::-1])
@@ -121,6 +124,16 @@ def test_a_search_on_batches_takes_the_widest(name: Observer, search: Search) ->
     data = batches()
     each = [search(x, Grid(4), False, PerTensor()) for x in data]
     assert observed(name, data) == (min(float(a) for a, _ in each), max(float(b) for _, b in each))
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_a_symmetric_ifmr_uses_the_whole_grid_for_one_side(one_sided: bool) -> None:
+    x = batches(1)[0] ** 3
+    x = x.abs() if one_sided else x
+    o = make_observer(ActivationRecipe(observer="ifmr"), TensorPlan(Grid(3), symmetric=True))
+    o.update(x)
+    assert o.range() == ifmr_range_of(Histogram.empty().add(x), Grid(3), symmetric=not one_sided)
+    assert (float(o.range()[0]) == 0) == one_sided
 
 
 @pytest.mark.parametrize(("name", "search"), OF_BATCHES)
@@ -177,5 +190,9 @@ def test_weight_ranges(granularity: PerTensor | PerChannel, symmetric: bool) -> 
     assert torch.equal(found[1], expected[1])
     expected = mse_shrink_range(w, grid, symmetric, granularity)
     found = weight_range(w, WeightRecipe(observer="mse-shrink"), plan)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    expected = arq_range(w, grid, symmetric, granularity)
+    found = weight_range(w, WeightRecipe(observer="arq"), plan)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
