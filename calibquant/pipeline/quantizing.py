@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure, run_recipe
+from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
 from calibquant.pipeline.run_inputs import entering
@@ -30,6 +31,7 @@ from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
 from calibquant.zoo import regularizer_of
 
+MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 
 
@@ -138,8 +140,8 @@ def _run(
 ) -> Run:
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
-    learning = recipe.reconstruct.method != "none"
-    total = 6 + learning + recipe.export.onnx
+    learning, mixing = recipe.reconstruct.method != "none", recipe.quant.mixed is not None
+    total = 6 + mixing + learning + recipe.export.onnx
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
@@ -147,16 +149,21 @@ def _run(
             if learning and prepared.entries != 1:
                 problem = f"{recipe.reconstruct.method} needs a network or part with one input"
                 raise RecipeError("recipe, reconstruct.method", problem, "use none")
-            model = QuantModel(
-                prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
-            )
+        mixture, quant = None, recipe.quant
+        if mixing:
+            begin(reporter, 2, total, "Choose the bits of single tensors")
+            with clock.stage("mixed"):
+                mixture = _mixture(folder, recipe, prepared, device, reporter)
+            quant = quant.model_copy(update={"bits": {**quant.bits, **mixture.bits}})
+        model = QuantModel(prepared.teacher.to(device), make_plan(prepared.teacher, quant), quant.activations.dynamic)
         note(reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
         progress = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
         if progress is None:
-            begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
+            width = "their" if mixing else recipe.quant.weights.bits
+            begin(reporter, 2 + mixing, total, f"Round weights to {width} bits")
             with clock.stage("weights"):
                 calibrate_weights(model, recipe.quant, reporter.progress)
-            begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
+            begin(reporter, 3 + mixing, total, f"Observe activations for {recipe.quant.activations.bits} bits")
             with clock.stage("activations"):
                 _observe(recipe, prepared, model, device, reporter)
             model.to(device)  # ranges are found on the CPU
@@ -170,15 +177,15 @@ def _run(
             model.to(device)
         after = None
         if learning:
-            begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
+            begin(reporter, 4 + mixing, total, f"Reconstruct by {recipe.reconstruct.method}")
             with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
                 progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
                 after = _errors(recipe, prepared, model, device)
-        begin(reporter, 4 + learning, total, "Evaluate the float network")
+        begin(reporter, 4 + mixing + learning, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
             float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, 5 + learning, total, f"Evaluate the {recipe.setting} network")
+        begin(reporter, 5 + mixing + learning, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
         skipped = prepared.images.skipped | images.skipped
@@ -194,9 +201,21 @@ def _run(
         metrics = run_metrics(
             recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
         )
+        metrics["mixed"] = None if mixture is None else mixture.report
         write_run(folder, recipe, prepared, model, metrics, files, {"threads": threads, "device": str(device)})
         folder.remove("checkpoint*")
     return Run(final_path(folder.path), model, metrics, quantized)
+
+
+def _mixture(
+    folder: RunFolder, recipe: Recipe, prepared: Prepared, device: torch.device, reporter: Reporter
+) -> Mixture:
+    """The chosen bits; a run that goes on has them from its folder."""
+    if (folder.path / MIXED).is_file():
+        return Mixture(**folder.read_json(MIXED))
+    mixture = mix(recipe, prepared, device, reporter)
+    folder.write_json(MIXED, asdict(mixture))
+    return mixture
 
 
 def _reconstruct(

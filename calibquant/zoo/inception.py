@@ -1,6 +1,7 @@
 """Inception-v3 with torchvision's key names.
 
-Source: Szegedy, Vanhoucke, Ioffe, Shlens and Wojna, "Rethinking the Inception Architecture for Computer Vision", CVPR 2016.
+Source: Szegedy, Vanhoucke, Ioffe, Shlens and Wojna, "Rethinking the Inception Architecture for Computer Vision", CVPR
+2016.
 """
 
 from __future__ import annotations
