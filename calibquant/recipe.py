@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from calibquant.errors import RecipeError, nearest
 
@@ -105,6 +105,36 @@ class ActivationRecipe(Section):
     dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
 
 
+class MixedRecipe(Section):
+    """Bits of single weights (and activations), chosen under a budget; give either `limit` or `max_drop`."""
+
+    budget: Literal["average_bits", "weight_bytes", "bops"] = Field(
+        default="average_bits",
+        description="average_bits: of the weights to choose for, by size; weight_bytes: packed codes of all weights; "
+        "bops: products * weight bits * activation bits of an image",
+    )
+    limit: Positive | None = Field(default=None, description="of the budget")
+    max_drop: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="takes the least budget whose agreement with the float network is at least 1 - this"
+    )
+    choices: Annotated[tuple[Bits, ...], Field(min_length=2)] = (2, 3, 4, 8)
+    tensors: Literal["weights", "both"] = Field(default="weights", description="both: activations too; needs bops")
+    sensitivity: Literal["interactions", "loss", "agreement", "fisher"] = Field(
+        default="interactions", description="how a choice's harm is estimated from single tensors"
+    )
+    images: int = Field(default=64, ge=1, description="calibration images on which it is")
+
+    @model_validator(mode="after")
+    def _fits(self) -> MixedRecipe:
+        if (self.limit is None) == (self.max_drop is None):
+            raise ValueError("give limit or max_drop, one of the two")
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("name each of the choices once")
+        if self.tensors == "both" and (self.budget != "bops" or self.sensitivity == "fisher"):
+            raise ValueError("tensors: both needs budget: bops and no sensitivity: fisher")
+        return self
+
+
 class QuantRecipe(Section):
     """What is quantized to what."""
 
@@ -114,6 +144,8 @@ class QuantRecipe(Section):
     boundary: Boundary = "qdrop"
     boundary_bits: Bits = Field(default=8, description="bits of what the boundary rule keeps wider")
     residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
+    bits: dict[str, Bits] = Field(default={}, description="bits of single weights or activations, by tensor name")
+    mixed: MixedRecipe | None = Field(default=None, description="choose bits of single tensors under a budget")
 
 
 class ReconstructRecipe(Section):
@@ -198,8 +230,10 @@ class Recipe(Section):
 
     @property
     def setting(self) -> str:
-        """Bits in the field's short form, such as W4A4."""
-        return f"W{self.quant.weights.bits}A{self.quant.activations.bits}"
+        """Bits in the field's short form, such as W4A4; WmixA8 where each weight has bits of its own."""
+        mixed = self.quant.mixed
+        weights = "mix" if mixed else self.quant.weights.bits
+        return f"W{weights}A{'mix' if mixed and mixed.tensors == 'both' else self.quant.activations.bits}"
 
     def to_yaml(self) -> str:
         """The effective recipe, every default written out."""
@@ -343,7 +377,8 @@ def _first_problem(error: ValidationError, source: str) -> RecipeError:
     got = repr(problem["input"])
     if problem["type"] == "model_type":
         return RecipeError(where, f"holds {got[:60]} in place of fields", "give fields, or leave the key out")
-    return RecipeError(where, f"{problem['msg'][0].lower()}{problem['msg'][1:]}", f"got {got[:60]}")
+    text = problem["msg"].removeprefix("Value error, ")
+    return RecipeError(where, f"{text[0].lower()}{text[1:]}", f"got {got[:60]}")
 
 
 def _field(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:

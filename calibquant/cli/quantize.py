@@ -61,9 +61,12 @@ def _show_plan(plan: DryRun, json: bool) -> None:
             "calibration_images": plan.images,
             "estimated_seconds": plan.seconds,
             "estimated_peak_bytes": plan.peak_bytes,
+            "mixed_tensors": plan.mixed,
         })  # fmt: skip
         return
     show_coverage(plan.model)
+    if plan.mixed:
+        console.out.print(f"The bits of {plan.mixed} tensors are not final: quant.mixed chooses them in the run.")
     console.out.print(
         f"{console.kilobytes(size.float32)} as float32, {console.kilobytes(size.packed)} packed "
         f"({size.weight_bits:.2f} bits a weight); {plan.images} calibration images; "

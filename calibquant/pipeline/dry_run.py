@@ -14,6 +14,7 @@ from calibquant.export.artifact import size_of
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.preparing import prepare
 from calibquant.quantization import QuantModel, make_plan
+from calibquant.quantization.sensitivity import free_tensors
 from calibquant.recipe import Recipe
 from calibquant.reconstruction.phases import phases
 
@@ -27,12 +28,14 @@ class DryRun:
         images: calibration images.
         seconds: estimated time, from one timed batch.
         peak_bytes: estimated peak memory of parameters and live activations.
+        mixed: how many tensors will get other bits than planned, by `quant.mixed`.
     """
 
     model: QuantModel
     images: int
     seconds: float
     peak_bytes: int
+    mixed: int = 0
 
 
 def dry_run(
@@ -77,7 +80,12 @@ def dry_run(
         seconds += 5.5 * per_image * settings.batch_size * steps
         cached = 3 * len(prepared.images) * peak.bytes / (2 if settings.cache == "bfloat16" else 1)
         memory += int(min(cached, settings.cache_limit * 1e9))
-    return DryRun(model, len(prepared.images), seconds, memory)
+    mixed, free = recipe.quant.mixed, 0
+    if mixed is not None:
+        free = len(free_tensors(model.plan, mixed.tensors == "both"))
+        passes = 3 if mixed.sensitivity == "fisher" else free * len(mixed.choices)
+        seconds += per_image * mixed.images * passes
+    return DryRun(model, len(prepared.images), seconds, memory, free)
 
 
 class _LiveBytes(fx.Interpreter):

@@ -108,7 +108,7 @@ def resume(
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> Run:
     threads, steps = set_threads(recipe.threads), Steps(reporter, step_names(recipe))
     with log_to(folder):
-        job = open_job(recipe, live, steps)
+        job = open_job(recipe, live, steps, folder)
         progress = load_checkpoint(folder, job.model, manifest_csv(job.prepared.manifest))
         if progress is None:
             progress = calibrate(job)
@@ -126,6 +126,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
                 recipe, job.prepared, job.model, float_result, quantized, progress.reports,
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
+            metrics |= job.facts
             machine = {"threads": threads, "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
             folder.remove("checkpoint*")

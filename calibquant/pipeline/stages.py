@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
 from calibquant.pipeline.run_inputs import entering
@@ -26,6 +28,7 @@ from calibquant.recipe import Recipe
 from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder
 
+MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
 
@@ -61,9 +64,11 @@ class Steps:
 
 def step_names(recipe: Recipe) -> tuple[str, ...]:
     """The steps of a run."""
+    mixing = ("mixed",) if recipe.quant.mixed else ()
     learning = ("reconstruct",) if recipe.reconstruct.method != "none" else ()
+    evaluating = ("evaluate_float", "evaluate_quantized")
     exporting = ("export",) if recipe.export.onnx else ()
-    return ("prepare", "weights", "activations", *learning, "evaluate_float", "evaluate_quantized", *exporting, "write")
+    return ("prepare", *mixing, "weights", "activations", *learning, *evaluating, *exporting, "write")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Job:
         model: the network that is quantized, on `device` but while it is exported.
         device: where it runs.
         steps: of the run.
+        facts: of stages that not every run has, for metrics.json.
     """
 
     recipe: Recipe
@@ -83,6 +89,7 @@ class Job:
     model: QuantModel
     device: torch.device
     steps: Steps
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reporter(self) -> Reporter:
@@ -94,8 +101,14 @@ class Job:
         return self.prepared.mount(part).to(self.device)
 
 
-def open_job(recipe: Recipe, live: Live, steps: Steps) -> Job:
+def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None = None) -> Job:
     """Open the network and the images, and plan the quantized network.
+
+    Args:
+        recipe: what is to be done.
+        live: network and images in place of the recipe's.
+        steps: of the run.
+        folder: of the run, which keeps what takes long to choose for a run that goes on.
 
     Raises:
         CalibQuantError: something about the recipe, network or images.
@@ -106,16 +119,33 @@ def open_job(recipe: Recipe, live: Live, steps: Steps) -> Job:
         if recipe.reconstruct.method != "none" and prepared.entries != 1:
             problem = f"{recipe.reconstruct.method} needs a network or part with one input"
             raise RecipeError("recipe, reconstruct.method", problem, "use none")
-        plan = make_plan(prepared.teacher, recipe.quant)
-        model = QuantModel(prepared.teacher.to(device), plan, recipe.quant.activations.dynamic)
+    quant, facts = recipe.quant, dict[str, Any]()
+    if quant.mixed is not None:
+        with steps.begin("mixed", "Choose the bits of single tensors"):
+            mixture = _mixture(folder, recipe, prepared, device, steps.reporter)
+        quant, facts["mixed"] = quant.model_copy(update={"bits": {**quant.bits, **mixture.bits}}), mixture.report
+    model = QuantModel(prepared.teacher.to(device), make_plan(prepared.teacher, quant), quant.activations.dynamic)
     note(steps.reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
-    return Job(recipe, prepared, model, device, steps)
+    return Job(recipe, prepared, model, device, steps, facts)
+
+
+def _mixture(
+    folder: RunFolder | None, recipe: Recipe, prepared: Prepared, device: torch.device, reporter: Reporter
+) -> Mixture:
+    """The chosen bits; a run that goes on has them from its folder."""
+    if folder is not None and (folder.path / MIXED).is_file():
+        return Mixture(**folder.read_json(MIXED))
+    mixture = mix(recipe, prepared, device, reporter)
+    if folder is not None:
+        folder.write_json(MIXED, asdict(mixture))
+    return mixture
 
 
 def calibrate(job: Job) -> Progress:
     """Round weights, find activation ranges, and measure how the error grows."""
     recipe, model, steps = job.recipe, job.model, job.steps
-    with steps.begin("weights", f"Round weights to {recipe.quant.weights.bits} bits"):
+    width = "their" if recipe.quant.mixed else recipe.quant.weights.bits
+    with steps.begin("weights", f"Round weights to {width} bits"):
         calibrate_weights(model, recipe.quant, steps.reporter.progress)
     with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
         _observe(job, steps.reporter)

@@ -22,8 +22,8 @@ class TensorPlan:
         grid: its codes.
         symmetric: the range is symmetric around zero.
         granularity: what one scale spans.
-        role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), or "integer"
-            (quantized by the integer placement only).
+        role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), "integer"
+            (quantized by the integer placement only), or "bits" (the recipe names it in `bits`).
     """
 
     grid: Grid
@@ -95,10 +95,10 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
 
     Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
     `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
-    output; `none`: nothing.
+    output; `none`: nothing. What the recipe's `bits` names has those, whatever the rules say.
 
     Raises:
-        QuantizationError: there is nothing to quantize.
+        QuantizationError: there is nothing to quantize, or `bits` names what is not quantized.
     """
     weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
     if not weighted:
@@ -114,7 +114,7 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
         weights.setdefault(name, _weight_plan(node, recipe, "boundary" if name in wide else "main"))
     order = [n for n in graph.graph.nodes if n.name in sites]
     activations = {n.name: _activation_plan(recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
-    return QuantPlan(weights, activations, recipe.placement, recipe.boundary)
+    return _with_named_bits(QuantPlan(weights, activations, recipe.placement, recipe.boundary), recipe)
 
 
 # --- where activations are quantized ----------------------------------------------------------------------------------
@@ -275,6 +275,22 @@ def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     symmetric = recipe.weights.symmetric or _only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
     return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role)
+
+
+def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:
+    """The plan with the bits that the recipe gives single tensors."""
+    for name, bits in recipe.bits.items():
+        if name not in plan.weights and name not in plan.activations:
+            problem = f"there is no quantizer named '{name}'"
+            raise QuantizationError("recipe, quant.bits", problem, nearest(name, [*plan.weights, *plan.activations]))
+        if name in plan.weights:  # before 8 bits made it symmetric
+            weight = replace(plan.weights[name], symmetric=recipe.weights.symmetric, role="bits")
+            plan = replace(plan, weights={**plan.weights, name: weight})
+        else:
+            activation = replace(plan.activations[name], role="bits")
+            plan = replace(plan, activations={**plan.activations, name: activation})
+        plan = plan.with_bits(name, bits)
+    return plan
 
 
 def _only_symmetric(placement: str, bits: int) -> bool:

@@ -12,9 +12,11 @@ from calibquant.errors import ModelError, nearest
 from calibquant.recipe import REGULARIZER
 from calibquant.zoo.cifar_resnet import CifarResNet
 from calibquant.zoo.digits import digits_resnet
+from calibquant.zoo.inception import InceptionV3
 from calibquant.zoo.mobilenet import MobileNetV2
 from calibquant.zoo.resnet import BasicBlock, Bottleneck, ResNet
 from calibquant.zoo.squeezenet import SqueezeNet
+from calibquant.zoo.vgg import VGG16
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ _ZOO |= {
         {"width": _WIDTH, "num_classes": _CLASSES, "padding": _one_of("torch", "tf_same")},
         regularizer=0.1,
     ),
+    "inception_v3": Entry(InceptionV3, (3, 299, 299), {"num_classes": _CLASSES}),
+    "vgg16_bn": Entry(VGG16, (3, 224, 224), {"num_classes": _CLASSES}),
     "squeezenet1_1": Entry(SqueezeNet, (3, 224, 224), {"num_classes": _CLASSES}),
     "digits_resnet": Entry(digits_resnet, (1, 16, 16), {"num_classes": _CLASSES}),
 }

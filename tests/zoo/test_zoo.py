@@ -25,20 +25,24 @@ PUBLISHED_SIZES = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "vgg16_bn": 138_365_992,
+    "inception_v3": 27_161_264,
 }
 
 
 def test_every_network_has_its_published_number_of_parameters() -> None:
     assert zoo.names() == sorted(PUBLISHED_SIZES)
     for name, size in PUBLISHED_SIZES.items():
-        assert sum(p.numel() for p in zoo.build(name).parameters()) == size, name
+        with torch.device("meta"):
+            network = zoo.build(name)
+        assert sum(p.numel() for p in network.parameters()) == size, name
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED_SIZES if "110" not in name])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_SIZES if name not in ("cifar_resnet110", "vgg16_bn")])
 def test_output_shape_and_symbolic_trace(name: str) -> None:
     network = zoo.build(name, num_classes=7).eval()
     channels, height, width = zoo.input_shape(name)
-    x = torch.randn(2, channels, min(height, 64), min(width, 64))
+    x = torch.randn(2, channels, min(height, 75), min(width, 75))
     with torch.no_grad():
         y = network(x)
         traced = fx.symbolic_trace(network)(x)

@@ -74,6 +74,8 @@ def make_study(
     """
     _check_overrides(overrides, listed=not isinstance(seeds, int))
     base = _load(recipe, list(overrides))
+    if base.quant.mixed is not None:
+        raise RecipeError(f"{WHERE}, quant.mixed", "the settings compared give the bits", "leave quant.mixed out")
     _check_names("methods", methods)
     for method in methods:
         if method not in PRESETS:
