@@ -10,15 +10,18 @@ from torch import Tensor, fx, nn
 
 from calibquant.errors import DataError, QuantizationError
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
+from calibquant.quantization.allocation import allocate_weight
+from calibquant.quantization.channels import ChannelObserver
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.observers import ActivationObserver, make_observer, weight_range
+from calibquant.quantization.quantizers import ActivationQuantizer
 from calibquant.recipe import ActivationRecipe, QuantRecipe
 
 
 def calibrate_weights(
     model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Find each weight's range and round it to nearest.
+    """Find each weight's range, and the bits of its channels where they share them, and round it to nearest.
 
     Args:
         model: its weight quantizers receive codes, scales and zero points.
@@ -33,9 +36,12 @@ def calibrate_weights(
         weight, plan = tensors[name], quantizer.plan
         if not torch.isfinite(weight).all():
             raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
-        low, high = weight_range(weight, recipe.weights, plan)
-        scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
-        quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
+        if plan.allocation == "none":
+            low, high = weight_range(weight, recipe.weights, plan)
+            scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
+            quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
+        else:
+            quantizer.set(allocate_weight(weight, recipe.weights, plan, model.plan.placement))
         if progress:
             progress(done, len(model.weight_quantizers))
 
@@ -61,7 +67,7 @@ def calibrate_activations(
         DataError: an activation is not finite.
     """
     observers = {
-        name: make_observer(recipe, quantizer.plan)
+        name: _observer_of(recipe, quantizer)
         for name, quantizer in model.activation_quantizers.items()
         if not quantizer.dynamic
     }
@@ -77,7 +83,16 @@ def calibrate_activations(
     if not images:
         raise QuantizationError("calibration", "got no images", "give at least two calibration images")
     for name, observer in observers.items():
-        model.activation_quantizers[name].set_range(*observer.range())
+        quantizer = model.activation_quantizers[name]
+        if isinstance(observer, ChannelObserver) and quantizer.plan.allocation != "none":
+            quantizer.set_range(*observer.allocated())
+        else:
+            quantizer.set_range(*observer.range())
+
+
+def _observer_of(recipe: ActivationRecipe, quantizer: ActivationQuantizer) -> ActivationObserver:
+    make = ChannelObserver if quantizer.per_channel else make_observer
+    return make(recipe, quantizer.plan)
 
 
 class _Observed(nn.Module):
