@@ -91,9 +91,7 @@ class WeightRecipe(Section):
     bits: Bits = 4
     symmetric: bool = False
     granularity: Granularity = "per_channel"
-    allocation: Allocation = Field(
-        default="none", description="0 to 8 bits for each channel, `bits` on average; of weights with the role main"
-    )
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Literal["minmax", "percentile", "mse", "mse-shrink"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
 
@@ -104,9 +102,7 @@ class ActivationRecipe(Section):
     bits: Bits = 4
     symmetric: bool = False
     granularity: Granularity = Field(default="per_tensor", description="per_channel exists in simulation only")
-    allocation: Allocation = Field(
-        default="none", description="0 to 8 bits for each channel, `bits` on average; of activations with the role main"
-    )
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Observer = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
     dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
@@ -125,12 +121,10 @@ class QuantRecipe(Section):
     @model_validator(mode="after")
     def _allocatable(self) -> QuantRecipe:
         for name, part in (("weights", self.weights), ("activations", self.activations)):
-            if part.allocation == "none":
-                continue
             where = f"quant.{name}.allocation"
-            if part.granularity != "per_channel":
+            if part.allocation != "none" and part.granularity != "per_channel":
                 raise _conflict(where, "shares bits among channels", f"set quant.{name}.granularity=per_channel")
-            if part.bits > 8:
+            if part.allocation != "none" and part.bits > 8:
                 raise _conflict(where, "gives a channel 8 bits at most", f"set quant.{name}.bits to 8 or fewer")
         own = self.activations
         if own.granularity == "per_channel" and own.dynamic:
@@ -230,9 +224,7 @@ class Recipe(Section):
     def _learnable(self) -> Recipe:
         if self.quant.activations.granularity == "per_channel" and self.reconstruct.method in ("brecq", "qdrop"):
             problem = f"{self.reconstruct.method} learns one scale for an activation"
-            raise _conflict(
-                "reconstruct.method", problem, "use adaround or none, or set quant.activations.granularity=per_tensor"
-            )
+            raise _conflict("reconstruct.method", problem, "use adaround, or quant.activations.granularity=per_tensor")
         return self
 
     @property

@@ -33,15 +33,15 @@ def allocate_weight(weight: Tensor, recipe: WeightRecipe, plan: TensorPlan, plac
         placement: under "integer" channels of 8 bits are symmetric, for integer kernels take 8 bits only so.
     """
     axis = _axis(plan)
-    rows = weight.movedim(axis, 0).reshape(weight.shape[axis], -1).double()
+    rows = _rows(weight, axis)
     if plan.allocation == "banner":
-        bits = banner(rows.std(dim=1, correction=0).cpu().numpy(), plan.grid.bits)
+        bits = banner(rows.std(axis=1), plan.grid.bits)
     else:
-        table = [rows.square().sum(1)]
-        for b in range(1, MOST + 1):
-            values = quantize_channels(weight, recipe, plan, placement, np.full(len(rows), b)).dequantize()
-            table.append((values.movedim(axis, 0).reshape(rows.shape).double() - rows).square().sum(1))
-        bits = optimal(torch.stack(table, 1).cpu().numpy(), len(rows) * plan.grid.bits)
+        errors = np.empty((len(rows), MOST + 1))
+        for b in range(MOST + 1):
+            rounded = quantize_channels(weight, recipe, plan, placement, np.full(len(rows), b)).dequantize()
+            errors[:, b] = np.square(_rows(rounded, axis) - rows).sum(axis=1)
+        bits = optimal(errors, len(rows) * plan.grid.bits)
     return quantize_channels(weight, recipe, plan, placement, bits)
 
 
@@ -87,6 +87,12 @@ def error_of(histogram: Histogram, scale: Tensor, zero_point: Tensor, grid: Grid
     centers = histogram.centers
     rounded = fake_quantize(centers.float(), scale, zero_point, grid, PerTensor()).double()
     return float((histogram.counts * (rounded - centers).square()).sum())
+
+
+def _rows(values: Tensor, axis: int) -> np.ndarray:
+    """A row for each channel, float64 on the CPU: (C, ...)."""
+    moved = values.detach().cpu().movedim(axis, 0)
+    return moved.reshape(len(moved), -1).double().numpy()
 
 
 def _axis(plan: TensorPlan) -> int:
