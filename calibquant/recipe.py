@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from calibquant.errors import RecipeError, nearest
 
@@ -23,6 +24,8 @@ Observer = Literal[
     "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl",
     "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg",
 ]  # fmt: skip
+Granularity = Literal["per_tensor", "per_channel"]
+Allocation = Literal["none", "banner", "optimal"]
 Placement = Literal["integer", "academic"]
 Boundary = Literal["brecq", "qdrop", "captq", "none"]
 Sampling = Literal["without_replacement", "with_replacement", "within_batch"]
@@ -90,7 +93,8 @@ class WeightRecipe(Section):
 
     bits: Bits = 4
     symmetric: bool = False
-    granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    granularity: Granularity = "per_channel"
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Literal["minmax", "percentile", "mse", "mse-shrink", "arq"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
 
@@ -100,6 +104,8 @@ class ActivationRecipe(Section):
 
     bits: Bits = 4
     symmetric: bool = False
+    granularity: Granularity = Field(default="per_tensor", description="per_channel exists in simulation only")
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Observer = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
     dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
@@ -146,6 +152,27 @@ class QuantRecipe(Section):
     residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
     bits: dict[str, Bits] = Field(default={}, description="bits of single weights or activations, by tensor name")
     mixed: MixedRecipe | None = Field(default=None, description="choose bits of single tensors under a budget")
+
+    @model_validator(mode="after")
+    def _allocatable(self) -> QuantRecipe:
+        for name, part in (("weights", self.weights), ("activations", self.activations)):
+            where = f"quant.{name}.allocation"
+            if part.allocation != "none" and part.granularity != "per_channel":
+                raise _conflict(where, "shares bits among channels", f"set quant.{name}.granularity=per_channel")
+            if part.allocation != "none" and part.bits > 8:
+                raise _conflict(where, "gives a channel 8 bits at most", f"set quant.{name}.bits to 8 or fewer")
+        own = self.activations
+        if own.granularity == "per_channel" and own.dynamic:
+            raise _conflict("quant.activations.dynamic", "takes one range for a tensor", "set granularity=per_tensor")
+        if own.allocation != "none" and own.observer in ("mse-batch", "mse-shrink"):
+            problem = f"needs ranges for several bits, but {own.observer} searches each batch for one"
+            raise _conflict("quant.activations.allocation", problem, "use the observer mse")
+        return self
+
+
+def _conflict(field: str, problem: str, mend: str) -> PydanticCustomError:
+    """What is wrong with two fields together; becomes a RecipeError at `field`."""
+    return PydanticCustomError("conflict", "{problem}; {mend}", {"field": field, "problem": problem, "mend": mend})
 
 
 class ReconstructRecipe(Section):
@@ -227,6 +254,13 @@ class Recipe(Section):
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
+
+    @model_validator(mode="after")
+    def _learnable(self) -> Recipe:
+        if self.quant.activations.granularity == "per_channel" and self.reconstruct.method in ("brecq", "qdrop"):
+            problem = f"{self.reconstruct.method} learns one scale for an activation"
+            raise _conflict("reconstruct.method", problem, "use adaround, or quant.activations.granularity=per_tensor")
+        return self
 
     @property
     def setting(self) -> str:
@@ -368,6 +402,9 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _first_problem(error: ValidationError, source: str) -> RecipeError:
     """One line for the first problem; unknown keys first, since they often cause the others, then the deepest."""
     problem = min(error.errors(), key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
+    if problem["type"] == "conflict":
+        context = problem["ctx"]
+        return RecipeError(f"{source}, {context['field']}", context["problem"], context["mend"])
     path, section = _field(problem["loc"])
     where = f"{source}, {'.'.join(path)}" if path else source
     if problem["type"] == "extra_forbidden":

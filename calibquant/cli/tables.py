@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from calibquant.cli import console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibquant.export.artifact import Size
     from calibquant.export.onnx_content import OnnxContent
     from calibquant.pipeline import Run
@@ -67,14 +69,18 @@ def show_errors(errors: Sequence[dict[str, Any]]) -> None:
 
 def show_coverage(model: QuantModel) -> None:
     """The compute nodes with their bits, or why they stay float."""
+    coverage = model.coverage()
+    noted = any(row.note for row in coverage)
     rows = [
         [
-            row.node, row.op, "–" if row.weight_bits is None else str(row.weight_bits),
-            " ".join("float" if bits is None else str(bits) for bits in row.input_bits), row.reason,
+            row.node, row.op, "–" if row.weight_bits is None else f"{row.weight_bits:.3g}",
+            " ".join("float" if bits is None else f"{bits:.3g}" for bits in row.input_bits), row.reason,
+            *([row.note] if noted else []),
         ]
-        for row in model.coverage()
+        for row in coverage
     ]  # fmt: skip
-    console.print_table("Coverage", ["node", "op", "weight bits", "input bits", "stays float because"], rows)
+    header = ["node", "op", "weight bits", "input bits", "stays float because", *(["note"] if noted else [])]
+    console.print_table("Coverage", header, rows)
     console.out.print(model.summary())
 
 
@@ -84,9 +90,16 @@ def show_ranges(model: QuantModel) -> None:
     for quantizer in model.activation_quantizers.values():
         scale, zero_point = "dynamic", "dynamic"
         if not quantizer.dynamic:
-            scale, zero_point = f"{quantizer.get()[0].item():.5g}", str(int(quantizer.get()[1]))
-        rows.append([quantizer.name, str(quantizer.plan.grid.bits), scale, zero_point, quantizer.plan.role])
+            scales, zero_points = quantizer.get()
+            scale, zero_point = _span(scales, ".5g"), _span(zero_points, "d")
+        rows.append([quantizer.name, f"{quantizer.mean_bits:.3g}", scale, zero_point, quantizer.plan.role])
     console.print_table("Activation ranges", ["quantizer", "bits", "scale", "zero point", "role"], rows)
+
+
+def _span(values: Tensor, form: str) -> str:
+    """A value, or the smallest and the largest of several."""
+    low, high = values.min().item(), values.max().item()
+    return f"{low:{form}}" if values.dim() == 0 else f"{low:{form}} to {high:{form}}"
 
 
 def show_bytes(size: Size, files: dict[str, int]) -> None:

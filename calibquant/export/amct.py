@@ -21,7 +21,8 @@ def amct_config(model: QuantModel, recipe: QuantRecipe, batches: int, learned: b
 
     Keys are those of record.txt. AMCT's words stand for what was done: `hfmg` for that observer and for ranges by a
     histogram's divergence, `ifmr` for all others; `arq_quantize` for rounding to nearest, `ada_quantize` for learned
-    rounding. A layer is enabled when both its weight and its input are quantized.
+    rounding. A layer is enabled when both its weight and its input are quantized, the input with one scale. Where
+    channels share bits, num_bits are those of the widest.
 
     Args:
         model: the quantized network.
@@ -48,7 +49,7 @@ def amct_config(model: QuantModel, recipe: QuantRecipe, batches: int, learned: b
 
 
 def _layer(row: dict[str, Any] | None, model: QuantModel, recipe: QuantRecipe, learned: bool) -> dict[str, Any]:
-    if row is None or row["input"] is None:
+    if row is None or row["input"] is None or isinstance(row["input"]["scale"], list):
         return {"quant_enable": False}
     weight = model.weight_quantizers[row["weight"]["parameter"]].plan
     return {
@@ -56,7 +57,7 @@ def _layer(row: dict[str, Any] | None, model: QuantModel, recipe: QuantRecipe, l
         "dmq_balancer_param": BALANCER,
         "activation_quant_params": _activation(row["input"]["bits"], recipe),
         "weight_quant_params": {
-            "num_bits": weight.grid.bits,
+            "num_bits": row["weight"]["bits"],
             "wts_algo": "ada_quantize" if learned else "arq_quantize",
             "channel_wise": isinstance(weight.granularity, PerChannel),
         },

@@ -5,9 +5,12 @@ Tensors of model.safetensors:
     <parameter>.codes        uint8, the codes packed flat at their grid's bits (numerics.packing)
     <parameter>.scale        float32, () or (C,)
     <parameter>.zero_point   uint8, packed like codes; absent for symmetric weights
+    <parameter>.channel_bits uint8, (C,), 0 to 8; only where channels share bits. Codes and zero points are then packed
+                             channel after channel, each with its own bits
     <parameter>              float32, what is not quantized (biases, unfolded norms)
-    activations.scale        float32, (A,), in the order of graph.json
+    activations.scale        float32, (A,), in the order of graph.json: those with one scale
     activations.zero_point   int32, (A,)
+    activations.<node>.scale, .zero_point, .channel_bits   (C,), of an activation with a scale for each channel
 """
 
 from __future__ import annotations
@@ -26,10 +29,19 @@ from torch import Tensor
 from calibquant.errors import RunFolderError
 from calibquant.graph.serialize import from_json, to_json
 from calibquant.numerics.affine import QTensor
-from calibquant.numerics.grid import PerChannel
-from calibquant.numerics.packing import pack, packed_bytes, unpack
+from calibquant.numerics.allocation import MOST
+from calibquant.numerics.grid import PerChannel, widest
+from calibquant.numerics.packing import (
+    channel_packed_bytes,
+    pack,
+    pack_channels,
+    packed_bytes,
+    unpack,
+    unpack_channels,
+)
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.plan import QuantPlan, TensorPlan
+from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from calibquant.runfolder import FORMAT_VERSION, RunFolder, open_run
 
 MODEL, GRAPH = "model.safetensors", "graph.json"
@@ -67,32 +79,73 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
         if name not in model.weight_quantizers:
             tensors[name] = value.detach().cpu().contiguous()
             continue
-        q = model.weight_quantizers[name].get()
-        tensors[f"{name}.codes"] = pack(q.codes, q.grid)
-        tensors[f"{name}.scale"] = q.scale.cpu()
-        if not model.weight_quantizers[name].plan.symmetric:
-            tensors[f"{name}.zero_point"] = pack(q.zero_point, q.grid)
-    static = [q.get() for q in model.activation_quantizers.values() if not q.dynamic]
-    if static:
-        tensors["activations.scale"] = torch.stack([scale.cpu() for scale, _ in static])
-        tensors["activations.zero_point"] = torch.stack([zero_point.cpu() for _, zero_point in static])
+        tensors |= _weight_tensors(name, model.weight_quantizers[name])
+    single, channels = _stored_ranges(model)
+    if single:
+        pairs = [q.get() for q in single]
+        tensors["activations.scale"] = torch.stack([scale.cpu() for scale, _ in pairs])
+        tensors["activations.zero_point"] = torch.stack([zero_point.cpu() for _, zero_point in pairs])
+    for activation in channels:
+        scale, zero_point = activation.get()
+        bits = activation.channel_bits
+        own = {"scale": scale, "zero_point": zero_point}
+        own |= {} if bits is None else {"channel_bits": bits.to(torch.uint8)}
+        tensors |= {f"activations.{activation.name}.{key}": tensor.cpu() for key, tensor in own.items()}
     return tensors
 
 
+def _weight_tensors(name: str, quantizer: WeightQuantizer) -> dict[str, Tensor]:
+    q, bits = quantizer.get(), quantizer.channel_bits
+    tensors = {f"{name}.scale": q.scale.cpu()}
+    if bits is None:
+        tensors[f"{name}.codes"] = pack(q.codes, q.grid)
+    else:
+        tensors[f"{name}.codes"] = pack_channels(q.codes.movedim(_axis(quantizer.plan), 0), bits, q.grid.signed)
+        tensors[f"{name}.channel_bits"] = bits.to(torch.uint8).cpu()
+    if not quantizer.plan.symmetric:
+        packed = pack(q.zero_point, q.grid) if bits is None else pack_channels(q.zero_point, bits, q.grid.signed)
+        tensors[f"{name}.zero_point"] = packed
+    return tensors
+
+
+def _stored_ranges(model: QuantModel) -> tuple[list[ActivationQuantizer], list[ActivationQuantizer]]:
+    """The activation quantizers with one stored scale, and those with one for each channel."""
+    static = [q for q in model.activation_quantizers.values() if not q.dynamic]
+    return [q for q in static if not q.per_channel], [q for q in static if q.per_channel]
+
+
 def size_of(model: QuantModel) -> Size:
-    """What a network takes before and after, from its plan alone."""
+    """What a network takes before and after, from its plan alone.
+
+    Where channels share bits, a network that is not calibrated yet is taken to have the average in all of them, and
+    scales of activations for each channel do not count before they are known.
+    """
     tensors = parameter_tensors(model.teacher)
-    weights = {name: (tensors[name], q.plan) for name, q in model.weight_quantizers.items()}
-    codes = sum(packed_bytes(w.numel(), p.grid.bits) for w, p in weights.values())
-    channels = [
-        (w.shape[p.granularity.axis] if isinstance(p.granularity, PerChannel) else 1, p) for w, p in weights.values()
-    ]
-    scales = sum(4 * c + (0 if p.symmetric else packed_bytes(c, p.grid.bits)) for c, p in channels)
-    scales += sum(0 if q.dynamic else 8 for q in model.activation_quantizers.values())
-    remainder = sum(4 * t.numel() for name, t in tensors.items() if name not in weights)
-    count = sum(w.numel() for w, _ in weights.values())
-    bits = sum(w.numel() * p.grid.bits for w, p in weights.values()) / max(count, 1)
+    weights = [(tensors[name], q) for name, q in model.weight_quantizers.items()]
+    each = [_weight_bytes(w, q) for w, q in weights]
+    codes, scales = sum(c for c, _ in each), sum(s for _, s in each)
+    single, channels = _stored_ranges(model)
+    scales += 8 * len(single) + sum(
+        8 * len(q.zero_point) + (0 if q.channel_bits is None else len(q.channel_bits))
+        for q in channels
+        if q.scale is not None
+    )
+    remainder = sum(4 * t.numel() for name, t in tensors.items() if name not in model.weight_quantizers)
+    count = sum(w.numel() for w, _ in weights)
+    bits = sum(w.numel() * q.mean_bits for w, q in weights) / max(count, 1)
     return Size(remainder + 4 * count, codes + scales + remainder, codes, scales, remainder, bits)
+
+
+def _weight_bytes(weight: Tensor, quantizer: WeightQuantizer) -> tuple[int, int]:
+    """Bytes of a weight's codes, and of its scales, zero points and bits of channels."""
+    plan, bits = quantizer.plan, quantizer.channel_bits
+    channels = weight.shape[plan.granularity.axis] if isinstance(plan.granularity, PerChannel) else 1
+    if bits is None:
+        codes, points, counts = packed_bytes(weight.numel(), plan.grid.bits), packed_bytes(channels, plan.grid.bits), 0
+    else:
+        codes, points = (channel_packed_bytes(count, bits) for count in (weight.numel() // channels, 1))
+        counts = channels
+    return codes, 4 * channels + counts + (0 if plan.symmetric else points)
 
 
 def save_artifact(model: QuantModel, folder: RunFolder) -> None:
@@ -174,19 +227,52 @@ def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in parameter_tensors(model.teacher).items()}
     for name, quantizer in model.weight_quantizers.items():
         quantizer.set(_read_weight(stored, name, shapes[name], quantizer.plan))
-    static = [q for q in model.activation_quantizers.values() if not q.dynamic]
-    if static:
+    single, channels = _stored_ranges(model)
+    if single:
         ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
-        for activation, (scale, zero_point) in zip(static, ranges, strict=True):
+        for activation, (scale, zero_point) in zip(single, ranges, strict=True):
             activation.scale, activation.zero_point = scale.clone(), zero_point.clone()
+    for activation in channels:
+        own = f"activations.{activation.name}"
+        activation.scale, activation.zero_point = (stored[f"{own}.{key}"].clone() for key in ("scale", "zero_point"))
+        if activation.plan.allocation != "none":
+            activation.channel_bits = _read_bits(stored, own, len(activation.scale))
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:
     scale = stored[f"{name}.scale"]
     if tuple(scale.shape) != ((shape[plan.granularity.axis],) if isinstance(plan.granularity, PerChannel) else ()):
         raise ValueError(f"{name}.scale has the shape {tuple(scale.shape)}")
+    if plan.allocation != "none":
+        return _read_channels(stored, name, shape, plan)
     if plan.symmetric:
         zero_point = torch.full_like(scale, 0 if plan.grid.signed else 1 << (plan.grid.bits - 1), dtype=torch.int32)
     else:
         zero_point = unpack(stored[f"{name}.zero_point"], tuple(scale.shape), plan.grid).to(torch.int32)
     return QTensor(unpack(stored[f"{name}.codes"], shape, plan.grid), scale, zero_point, plan.grid, plan.granularity)
+
+
+def _read_channels(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:
+    """A weight whose channels have their own bits."""
+    scale, axis, signed = stored[f"{name}.scale"], _axis(plan), plan.grid.signed
+    bits = _read_bits(stored, name, len(scale))
+    grid = widest(bits, signed)
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    codes = unpack_channels(stored[f"{name}.codes"], moved, bits, signed).movedim(0, axis).contiguous().to(grid.dtype)
+    zero_point = torch.zeros_like(bits)  # of symmetric weights, whose grids are signed
+    if not plan.symmetric:
+        zero_point = unpack_channels(stored[f"{name}.zero_point"], tuple(scale.shape), bits, signed).to(torch.int32)
+    return QTensor(codes, scale, zero_point, grid, plan.granularity, bits)
+
+
+def _read_bits(stored: dict[str, Tensor], owner: str, channels: int) -> Tensor:
+    """The bits of each channel, int32 (C,)."""
+    bits = stored[f"{owner}.channel_bits"].to(torch.int32)
+    if tuple(bits.shape) != (channels,) or int(bits.max()) > MOST:
+        raise ValueError(f"{owner}.channel_bits are not {channels} numbers of 0 to {MOST}")
+    return bits
+
+
+def _axis(plan: TensorPlan) -> int:
+    assert isinstance(plan.granularity, PerChannel)
+    return plan.granularity.axis

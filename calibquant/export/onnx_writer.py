@@ -18,7 +18,7 @@ from calibquant.export.onnx_files import OnnxGraph
 from calibquant.export.onnx_ops import ROWS
 from calibquant.export.program import Step, names_of
 from calibquant.graph.ops import OPS, op_of
-from calibquant.numerics.affine import MIN_SCALE
+from calibquant.numerics.affine import MIN_SCALE, code_limits
 from calibquant.quantization import QuantModel
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.quantizers import ActivationQuantizer
@@ -121,16 +121,28 @@ def write_fake_quantize(graph: OnnxGraph, name: str, quantizer: ActivationQuanti
     if quantizer.dynamic:
         scale, zero_point = _dynamic_range(graph, name, quantizer)
     else:
-        stored_scale, stored_zero_point = (t.detach().cpu().numpy() for t in quantizer.get())
+        stored_scale, stored_zero_point = (_of_channels(t, quantizer) for t in quantizer.get())
         scale = graph.tensor(f"{name}.scale", stored_scale.astype(np.float32))
         zero_point = graph.tensor(f"{name}.zero_point", stored_zero_point.astype(np.float32))
-    low, high = graph.constant(grid.qmin), graph.constant(grid.qmax)
     steps = graph.node("Div", [name, scale], graph.free(f"{name}.steps"))
     rounded = graph.node("Round", [steps], graph.free(f"{name}.rounded"))
     moved = graph.node("Add", [rounded, zero_point], graph.free(f"{name}.moved"))
-    codes = graph.node("Clip", [moved, low, high], graph.free(f"{name}.codes"))
+    if quantizer.channel_bits is None:
+        low, high = graph.constant(grid.qmin), graph.constant(grid.qmax)
+        codes = graph.node("Clip", [moved, low, high], graph.free(f"{name}.codes"))
+    else:  # Clip takes no limits for each channel
+        ends = (_of_channels(end, quantizer) for end in code_limits(quantizer.channel_bits, grid.signed))
+        low, high = (graph.tensor(f"{name}.limit", end.astype(np.float32)) for end in ends)
+        raised = graph.node("Max", [moved, low], graph.free(f"{name}.raised"))
+        codes = graph.node("Min", [raised, high], graph.free(f"{name}.codes"))
     centered = graph.node("Sub", [codes, zero_point], graph.free(f"{name}.centered"))
     return graph.node("Mul", [centered, scale], f"{name}.quantized")
+
+
+def _of_channels(values: Tensor, quantizer: ActivationQuantizer) -> Any:
+    """Values () or (C,) as an array that broadcasts against the activation."""
+    array = values.detach().cpu().numpy()
+    return array.reshape(-1, 1, 1) if quantizer.per_channel else array
 
 
 def _dynamic_range(graph: OnnxGraph, name: str, quantizer: ActivationQuantizer) -> tuple[str, str]:

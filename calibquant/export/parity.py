@@ -25,6 +25,7 @@ from calibquant.export.executor import execute
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.program import Program, Step, names_of
 from calibquant.export.session import Session, open_session
+from calibquant.numerics.affine import aligned
 from calibquant.quantization import QuantModel
 
 FLOAT, FAKE_QUANT, DEPLOY = "float.onnx", "fake_quant.onnx", "deploy.onnx"
@@ -292,7 +293,8 @@ def _simulated_codes(model: QuantModel) -> Iterator[dict[str, Array]]:
     def keep(name: str) -> Any:
         def hook(quantizer: Any, _inputs: object, value: Tensor) -> None:
             if not quantizer.dynamic:
-                scale, zero_point = quantizer.get()
+                span = quantizer.plan.granularity
+                scale, zero_point = (aligned(t, value, span) for t in quantizer.get())
                 codes[name] = (torch.round(value / scale) + zero_point).to(torch.int32).numpy()
 
         return hook

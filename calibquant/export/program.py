@@ -22,7 +22,7 @@ from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weig
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization import QuantModel
-from calibquant.quantization.biases import bias_step, kernel_shift, scale_factors, with_larger_scale
+from calibquant.quantization.biases import bias_step, kernel_scale, kernel_shift, scale_factors, with_larger_scale
 from calibquant.quantization.model import parameter_tensors
 
 QUANTIZE = "quantize"  # the only op of a program that is not canonical: float or codes in, codes on another grid out
@@ -54,8 +54,9 @@ class IntegerWeight:
         name: of the parameter.
         codes: on the grid, uint8 or int8, the parameter's shape.
         zero_point: of each channel, int32 (C,); zeros for a signed grid.
-        scale: of each channel, float32 (C,): the quantizer's divided by 2^shift.
-        bits: of the codes.
+        scale: of each channel, float32 (C,): the quantizer's divided by 2^shift; see `quantization.biases.kernel_scale`
+            for channels without bits.
+        bits: of the codes; where channels differ, of the widest.
         signed: whether the grid is signed.
         axis: output-channel axis.
         shift: see `quantization.biases.kernel_shift`.
@@ -160,6 +161,8 @@ def refusal(model: QuantModel) -> str | None:
         return f"the {model.plan.placement} placement leaves inputs of convolutions and additions in float"
     if any(quantizer.dynamic for quantizer in model.activation_quantizers.values()):
         return "dynamic activation ranges are not stored"
+    if any(quantizer.per_channel for quantizer in model.activation_quantizers.values()):
+        return "activations with a scale for each channel exist in simulation only"
     wide = [q.name for q in model.quantizers if q.plan.grid.bits > 8]
     if wide:
         return f"{wide[0]} has 16 bits, for which integer kernels do not exist"
@@ -295,7 +298,7 @@ class _Lowering:
             weight = with_larger_scale(weight, factors)
             count = int((factors > 1).sum())
             self.notes.append(f"{node.name}: the scales of {count} channels were raised so that the bias fits int32")
-        steps = torch.round(values / bias_step(source.get()[0], weight.scale, weight.grid.bits))
+        steps = torch.round(values / bias_step(source.get()[0], weight))
         return _integer_weight(quantizer.name, weight), steps.double().cpu().numpy().astype(np.int32)
 
     # --- values -------------------------------------------------------------------------------------------------------
@@ -356,8 +359,10 @@ def _code(value: float, grid: ActivationGrid) -> int:
 def _integer_weight(name: str, q: QTensor) -> IntegerWeight:
     axis = q.granularity.axis if isinstance(q.granularity, PerChannel) else 0
     channels = q.codes.shape[axis]
-    scale, zero_point = (value.detach().cpu().reshape(-1).expand(channels).numpy() for value in (q.scale, q.zero_point))
+    scale, zero_point = (
+        value.detach().cpu().reshape(-1).expand(channels).contiguous().numpy()
+        for value in (kernel_scale(q), q.zero_point)
+    )
     shift = kernel_shift(q.grid.bits)
-    scale = scale * np.float32(2.0**-shift)
     codes = q.codes.cpu().numpy()
     return IntegerWeight(name, codes, zero_point.astype(np.int32), scale, q.grid.bits, q.grid.signed, axis, shift)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.numerics.grid import widest
 from calibquant.quantization.model import QuantModel
 from calibquant.quantization.quantizers import ActivationQuantizer
 
@@ -16,7 +17,9 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
 
     Returns:
         dictionaries with `node`, `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel),
-        `input` and `output` (bits, signed, scale, zero_point of a per-tensor grid; None for float or a dynamic range).
+        `input` and `output` (bits, signed, scale, zero_point; None for float or a dynamic range). Scales and zero
+        points of an activation per channel are lists. Where channels share bits, `bits` are those of the widest, and
+        `channel_bits` those of each.
     """
     rows = []
     for node in model.teacher.graph.nodes:
@@ -35,6 +38,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
                 "signed": q.grid.signed,
                 "scale": q.scale.reshape(-1).tolist(),
                 "zero_point": q.zero_point.reshape(-1).tolist(),
+                **_channel_bits(q.channel_bits),
             },
             "input": _grid(model.quantizer_before(activations_of(node)[0])),
             "output": _grid(_quantizer_after(model, node)),
@@ -48,6 +52,9 @@ def record_text(model: QuantModel) -> str:
     AMCT's codes are signed: q = clamp(round(x / scale) + offset, -2^(b-1), 2^(b-1) - 1), so an unsigned grid's offset
     is its zero point - 2^(b-1). A layer whose input is not quantized has no scale_d. A record's key is the layer's
     name, from its second call on the node's; dst_type is the container of its widest codes.
+
+    AMCT knows neither channels with bits of their own, whose offsets here are those in the widest channel's container,
+    nor scales for each channel of an activation: such an input has no scale_d.
     """
     lines: list[str] = []
     keys: set[str] = set()
@@ -56,6 +63,8 @@ def record_text(model: QuantModel) -> str:
         keys.add(key)
         lines += ["record {", f'  key: "{key}"', "  value {"]
         data, weight = row["input"], row["weight"]
+        if data is not None and isinstance(data["scale"], list):
+            data = None
         widest = max(weight["bits"], data["bits"] if data else 0)
         if data is not None:
             lines += [f"    scale_d: {data['scale']!r}", f"    offset_d: {_offset(data, data['zero_point'])}"]
@@ -72,14 +81,19 @@ def _offset(grid: dict[str, Any], zero_point: int) -> int:
 def _grid(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
     if quantizer is None or quantizer.scale is None:
         return None
-    grid = quantizer.plan.grid
+    bits, signed = quantizer.channel_bits, quantizer.plan.grid.signed
     return {
         "quantizer": quantizer.name,
-        "bits": grid.bits,
-        "signed": grid.signed,
-        "scale": quantizer.scale.item(),
-        "zero_point": int(quantizer.zero_point.item()),
+        "bits": quantizer.plan.grid.bits if bits is None else widest(bits, signed).bits,
+        "signed": signed,
+        "scale": quantizer.scale.tolist(),
+        "zero_point": quantizer.zero_point.tolist(),
+        **_channel_bits(bits),
     }
+
+
+def _channel_bits(bits: Tensor | None) -> dict[str, list[int]]:
+    return {} if bits is None else {"channel_bits": bits.tolist()}
 
 
 def _quantizer_after(model: QuantModel, node: fx.Node) -> ActivationQuantizer | None:

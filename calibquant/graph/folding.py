@@ -48,7 +48,7 @@ def _norm_after(call: fx.Node, parameter: fx.Node) -> fx.Node | None:
     """The BatchNorm that alone reads a call's output, if the call takes `parameter` as its weight."""
     if weight_of(call) is not parameter or kind_of(call) not in (Kind.CONVOLUTION, Kind.MATMUL) or len(call.users) != 1:
         return None
-    if kind_of(call) is Kind.MATMUL and call.meta.get("rank") != 2:
+    if kind_of(call) is Kind.MATMUL and len(call.meta.get("shape", ())) != 2:
         return None  # BatchNorm normalizes axis 1, and only of a matrix is that a linear's output channel
     norm = next(iter(call.users))
     return norm if norm.target is ops.batch_norm and norm.args[0] is call else None

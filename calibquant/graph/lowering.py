@@ -269,7 +269,7 @@ class Lowering:
         kept = {str(n.target): n for n in self.graph.nodes if n.op == "get_attr"}
         for node in self.graph.nodes:
             if "example" in node.meta:
-                node.meta["rank"] = node.meta.pop("example")[0].dim()  # folding needs to know it
+                node.meta["shape"] = tuple(node.meta.pop("example")[0].shape)  # folding and plans need to know it
         return build({name: self.constants[name].detach().clone() for name in kept}, self.graph)
 
     def _name(self, op: str) -> str:

@@ -23,8 +23,10 @@ class QTensor:
         codes: integers on `grid`, dtype `grid.dtype`, the shape of the float tensor.
         scale: float32, () or (C,).
         zero_point: int32, () or (C,), on `grid`.
-        grid: the codes' grid.
+        grid: the codes' grid; with `channel_bits` that of the widest channel.
         granularity: what a scale spans.
+        channel_bits: int32 (C,), 0 to 8, where channels differ in bits: codes and zero point of a channel are on the
+            grid of its own bits. With 0 bits all codes equal the zero point, and the scale is 1.
     """
 
     codes: Tensor
@@ -32,6 +34,7 @@ class QTensor:
     zero_point: Tensor
     grid: Grid
     granularity: Granularity
+    channel_bits: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The simulated value, exactly (codes - zero_point) * scale in float32."""
@@ -75,11 +78,37 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, granularity: Gr
     return (codes.float() - aligned(zero_point, codes, granularity)) * aligned(scale, codes, granularity)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granularity: Granularity) -> Tensor:
-    """`dequantize(quantize(x))` without leaving float32; equal to it bit for bit."""
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    granularity: Granularity,
+    channel_bits: Tensor | None = None,
+) -> Tensor:
+    """`dequantize(quantize(x))` without leaving float32; equal to it bit for bit.
+
+    With `channel_bits`, int32 (C,), the codes of a channel are limited to its own bits.
+    """
     scale, zero_point = aligned(scale, x, granularity), aligned(zero_point, x, granularity)
-    codes = torch.round(x / scale).add_(zero_point).clamp_(grid.qmin, grid.qmax)
+    codes = torch.round(x / scale).add_(zero_point)
+    if channel_bits is None:
+        codes.clamp_(grid.qmin, grid.qmax)
+    else:
+        codes.clamp_(*(aligned(end, x, granularity) for end in code_limits(channel_bits, grid.signed)))
     return codes.sub_(zero_point).mul_(scale)
+
+
+def code_limits(channel_bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code of channels with so many bits, int32 (C,); both are 0 for a channel of 0 bits.
+
+    Example:
+        >>> [end.tolist() for end in code_limits(torch.tensor([0, 1, 4]), signed=True)]
+        [[0, -1, -8], [0, 0, 7]]
+    """
+    levels = 2 ** channel_bits.to(torch.int32)
+    low = -(levels // 2) if signed else torch.zeros_like(levels)
+    return low, low + levels - 1
 
 
 def quantize_tensor(
@@ -103,6 +132,6 @@ def aligned(parameter: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
 
 
 __all__ = [
-    "MIN_SCALE", "PerChannel", "PerTensor", "QTensor", "affine_from_range", "dequantize", "fake_quantize", "quantize",
-    "quantize_tensor",
+    "MIN_SCALE", "PerChannel", "PerTensor", "QTensor", "affine_from_range", "code_limits", "dequantize",
+    "fake_quantize", "quantize", "quantize_tensor",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,8 @@ class PerChannel:
 
 
 Granularity = PerTensor | PerChannel
+
+
+def widest(channel_bits: Tensor, signed: bool) -> Grid:
+    """The grid of the widest of channels with so many bits, int (C,); of 1 bit where all have none."""
+    return Grid(max(1, int(channel_bits.max())), signed)

@@ -141,9 +141,10 @@ def _between(random: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
     """Numbers of 0 to 1, spread over the range of a quantizer."""
     low, high = -2.0, 2.0
     if quantizer is not None and not quantizer.dynamic:
-        scale, zero_point = (float(value) for value in quantizer.get())
+        scale, zero_point = quantizer.get()
         grid = quantizer.plan.grid
-        low, high = (grid.qmin - zero_point) * scale, (grid.qmax - zero_point) * scale
+        low = float(((grid.qmin - zero_point) * scale).min())
+        high = float(((grid.qmax - zero_point) * scale).max())
     return random * (high - low) + low
 
 

@@ -8,6 +8,7 @@ stored bit is added, and the bias is finer by that power.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuanti
 
 INT32 = 2**31 - 1
 MARGIN = 1 + 1e-6  # above the smallest scale that fits, for float32's rounding
+EMPTY_SHIFT = 12  # of a channel without bits: its scale 1 alone would round its bias to whole input scales
 
 
 def kernel_shift(bits: int) -> int:
@@ -47,13 +49,25 @@ class BiasRounding(nn.Module):
         if not (source.enabled and weight.enabled) or source.scale is None or weight.codes is None:
             return bias
         scale = source.scale if source.learned_scale is None else source.learned_scale.detach()
-        step = bias_step(scale, weight.scale, weight.plan.grid.bits)
+        step = bias_step(scale, weight.get())
         return torch.round(bias / step) * step
 
 
-def bias_step(source: Tensor, weight: Tensor, bits: int) -> Tensor:
-    """Value of one step of a bias: input scale () * weight scale () or (C,), divided by two to the kernel's shift."""
-    return source * (weight * 2.0 ** -kernel_shift(bits))
+def kernel_scale(weight: QTensor) -> Tensor:
+    """The scale of a weight's codes in a kernel, () or (C,): the weight's, divided by two to the kernel's shift.
+
+    The shift is that of the widest channel, so it suits the others too. A channel without bits holds zeros, which
+    stand for 0 on any scale; its scale only says how fine its bias is, and is divided by 2^12.
+    """
+    shift = kernel_shift(weight.grid.bits)
+    if weight.channel_bits is None:
+        return weight.scale * 2.0**-shift
+    return weight.scale * torch.where(weight.channel_bits == 0, 2.0**-EMPTY_SHIFT, 2.0**-shift)
+
+
+def bias_step(source: Tensor, weight: QTensor) -> Tensor:
+    """Value of one step of a bias, () or (C,): input scale () * `kernel_scale`."""
+    return source * kernel_scale(weight)
 
 
 def scale_factors(weight: QTensor, bias: Tensor, source: ActivationQuantizer) -> Tensor:
@@ -77,7 +91,7 @@ def scale_factors(weight: QTensor, bias: Tensor, source: ActivationQuantizer) ->
     centered = weight.codes.to(torch.int64) - aligned(weight.zero_point, weight.codes, weight.granularity)
     most = centered.abs().movedim(axis, 0).reshape(len(bias), -1).sum(1).double() * reach
     room = INT32 - most * 2 ** kernel_shift(weight.grid.bits)
-    steps = bias.double().abs() / bias_step(scale.double(), weight.scale.double(), weight.grid.bits)
+    steps = bias.double().abs() / (scale.double() * kernel_scale(weight).double())
     return (steps / room).clamp(min=1)
 
 
@@ -90,7 +104,7 @@ def with_larger_scale(weight: QTensor, factors: Tensor) -> QTensor:
     ratio = aligned(weight.scale.double() / scale.double(), weight.codes, weight.granularity)
     zero = aligned(weight.zero_point, weight.codes, weight.granularity)
     codes = (torch.round((weight.codes.double() - zero) * ratio) + zero).to(weight.codes.dtype)
-    return QTensor(codes, scale, weight.zero_point, weight.grid, weight.granularity)
+    return replace(weight, codes=codes, scale=scale)
 
 
 def fit_biases(products: Mapping[str, tuple[ActivationQuantizer, WeightQuantizer, Tensor]]) -> dict[str, int]:

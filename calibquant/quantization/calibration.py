@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from calibquant.errors import DataError, QuantizationError
 from calibquant.graph.limits import UNLIMITED, before_limits
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
+from calibquant.quantization.allocation import allocate_weight
+from calibquant.quantization.channels import ChannelObserver
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.observers import DENSITIES, ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, QuantRecipe
@@ -20,7 +22,7 @@ from calibquant.recipe import ActivationRecipe, QuantRecipe
 def calibrate_weights(
     model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Find each weight's range and round it to nearest.
+    """Find each weight's range, and the bits of its channels where they share them, and round it to nearest.
 
     Args:
         model: its weight quantizers receive codes, scales and zero points.
@@ -35,9 +37,12 @@ def calibrate_weights(
         weight, plan = tensors[name], quantizer.plan
         if not torch.isfinite(weight).all():
             raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
-        low, high = weight_range(weight, recipe.weights, plan)
-        scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
-        quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
+        if plan.allocation == "none":
+            low, high = weight_range(weight, recipe.weights, plan)
+            scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
+            quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))
+        else:
+            quantizer.set(allocate_weight(weight, recipe.weights, plan, model.plan.placement))
         if progress:
             progress(done, len(model.weight_quantizers))
 
@@ -77,7 +82,11 @@ def calibrate_activations(
     if not images:
         raise QuantizationError("calibration", "got no images", "give at least two calibration images")
     for name, (_, observer) in observers.items():
-        model.activation_quantizers[name].set_range(*observer.range())
+        quantizer = model.activation_quantizers[name]
+        if isinstance(observer, ChannelObserver) and quantizer.plan.allocation != "none":
+            quantizer.set_range(*observer.allocated())
+        else:
+            quantizer.set_range(*observer.range())
 
 
 def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[str, ActivationObserver]]:
@@ -87,7 +96,8 @@ def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[s
         quantizer = model.activation_quantizers.get(node.name)
         if quantizer is not None and not quantizer.dynamic:
             source, limits = before_limits(node) if recipe.observer in DENSITIES else (node, UNLIMITED)
-            found[node.name] = source.name, make_observer(recipe, quantizer.plan, limits)
+            make = ChannelObserver if quantizer.per_channel else make_observer
+            found[node.name] = source.name, make(recipe, quantizer.plan, limits)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.numerics.affine import QTensor, aligned
+from calibquant.numerics.affine import QTensor, aligned, code_limits
 from calibquant.numerics.grid import Grid
 
 ZETA, GAMMA = 1.1, -0.1  # how far the hard sigmoid is stretched, so that it reaches 0 and 1
@@ -23,12 +23,16 @@ class SoftRounding(nn.Module):
 
     Args:
         weight: float32, any shape.
-        start: its codes, whose scale, zero point and grid are kept.
+        start: its codes, whose scale, zero point and grid are kept, with the bits of each channel.
     """
 
     def __init__(self, weight: Tensor, start: QTensor) -> None:
         super().__init__()
         self.grid, self.granularity = start.grid, start.granularity
+        self.limits: tuple[Any, Any] = (start.grid.qmin, start.grid.qmax)  # numbers, or tensors along the channels
+        if start.channel_bits is not None:
+            low, high = code_limits(start.channel_bits, start.grid.signed)
+            self.limits = (aligned(low, weight, start.granularity), aligned(high, weight, start.granularity))
         self.base: Tensor
         self.scale: Tensor
         self.zero_point: Tensor
@@ -45,12 +49,12 @@ class SoftRounding(nn.Module):
 
     def forward(self) -> Tensor:
         """The softly rounded weight, float32."""
-        codes = (self.base + self.soft() + self.zero_point).clamp(self.grid.qmin, self.grid.qmax)
+        codes = torch.clamp(self.base + self.soft() + self.zero_point, *self.limits)
         return (codes - self.zero_point) * self.scale
 
     def hard_codes(self) -> Tensor:
         """The codes with each rounding decided by the sign of alpha, dtype `grid.dtype`."""
-        codes = (self.base + (self.alpha >= 0) + self.zero_point).clamp(self.grid.qmin, self.grid.qmax)
+        codes = torch.clamp(self.base + (self.alpha >= 0) + self.zero_point, *self.limits)
         return codes.detach().to(self.grid.dtype)
 
     def regularizer(self, beta: float) -> Tensor:

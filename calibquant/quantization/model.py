@@ -23,17 +23,19 @@ class CoverageRow:
         node: its name in the graph.
         op: its canonical op.
         kind: the op's kind.
-        weight_bits: of its weight, None where it has none or it stays float.
-        input_bits: of each activation it reads, None for float.
+        weight_bits: of its weight, None where it has none or it stays float; the mean where channels differ.
+        input_bits: of each activation it reads, None for float; the mean where channels differ.
         reason: why something of it stays float; empty when all of it is quantized.
+        note: what else is to be known: bits shared among channels, and what exists in simulation only.
     """
 
     node: str
     op: str
     kind: str
-    weight_bits: int | None
-    input_bits: tuple[int | None, ...]
+    weight_bits: float | None
+    input_bits: tuple[float | None, ...]
     reason: str
+    note: str = ""
 
 
 class QuantModel(nn.Module):
@@ -212,8 +214,9 @@ class QuantModel(nn.Module):
             if op is None or not op.accumulates or weight is None or str(weight.target) not in self.weight_quantizers:
                 continue
             bias, source = node.args[op.bias or 0], self.quantizer_before(activations_of(node)[0])
-            if isinstance(bias, fx.Node) and bias.op == "get_attr" and source is not None and not source.dynamic:
-                found[node.name] = source
+            stored = source is not None and not source.dynamic and not source.per_channel
+            if isinstance(bias, fx.Node) and bias.op == "get_attr" and stored:
+                found[node.name] = source  # type: ignore[assignment]
         return found
 
     @staticmethod
@@ -226,26 +229,36 @@ class QuantModel(nn.Module):
         op = op_of(node)
         assert op is not None
         weight = weight_of(node)
-        weight_plan = self.plan.weights.get(str(weight.target)) if weight is not None else None
-        sources = [s for s in activations_of(node) if op.kind is not Kind.LOOKUP]
-        bits = tuple(self._bits(node, source) for source in sources)
+        own = self.weight_quantizers.get(str(weight.target)) if weight is not None else None
+        sources = [self._read(node, s) for s in activations_of(node) if op.kind is not Kind.LOOKUP]
+        bits = tuple(None if source is None else source.mean_bits for source in sources)
         return CoverageRow(
-            node.name, op.name, op.kind.value, weight_plan.grid.bits if weight_plan else None, bits,
-            self._reason(node, weight_plan is not None, bits),
+            node.name, op.name, op.kind.value, None if own is None else own.mean_bits, bits,
+            self._reason(node, own is not None, bits), self._note(own, [s for s in sources if s is not None]),
         )  # fmt: skip
 
-    def _bits(self, node: fx.Node, source: fx.Node) -> int | None:
-        """Bits of the grid on which `node` finds the values of `source`; None for float."""
-        op = op_of(source)
-        if source.name in self.plan.activations:
-            return self.plan.activations[source.name].grid.bits
-        if op is not None and op.keeps_grid:
-            return self._bits(node, activations_of(source)[0])
-        if kind_of(node) is Kind.CONCAT and node.name in self.plan.activations:
-            return self.plan.activations[node.name].grid.bits  # its inputs are put on its own grid
-        return None
+    def _read(self, node: fx.Node, source: fx.Node) -> ActivationQuantizer | None:
+        """The quantizer on whose grid `node` finds the values of `source`; None for float."""
+        before = self.quantizer_before(source)
+        if before is None and kind_of(node) is Kind.CONCAT:
+            return self.activation_quantizers.get(node.name)  # its inputs are put on its own grid
+        return before
 
-    def _reason(self, node: fx.Node, has_weight: bool, bits: tuple[int | None, ...]) -> str:
+    @staticmethod
+    def _note(weight: WeightQuantizer | None, inputs: list[ActivationQuantizer]) -> str:
+        """What bits alone do not say."""
+        said = []
+        if weight is not None and weight.plan.allocation != "none":
+            said.append(f"weight bits{_between(weight.channel_bits)} by {weight.plan.allocation}")
+        channels = [q for q in inputs if q.per_channel]
+        said += [
+            f"input bits{_between(q.channel_bits)} by {q.plan.allocation}"
+            for q in channels
+            if q.plan.allocation != "none"
+        ]
+        return "; ".join([*said, "input per channel: simulation only"] if channels else said)
+
+    def _reason(self, node: fx.Node, has_weight: bool, bits: tuple[float | None, ...]) -> str:
         kind = kind_of(node)
         if kind in (Kind.NORM, Kind.FLOAT):
             return f"{node.target.__name__} has no integer form and is computed in float"  # type: ignore[union-attr]
@@ -258,6 +271,11 @@ class QuantModel(nn.Module):
         if kind in (Kind.ADD, Kind.MUL) and constants:
             return "its constant operand stays float"
         return ""
+
+
+def _between(channel_bits: Tensor | None) -> str:
+    """The channels' fewest and most bits, in words."""
+    return "" if channel_bits is None else f" {int(channel_bits.min())} to {int(channel_bits.max())}"
 
 
 def parameter_tensors(graph: fx.GraphModule) -> dict[str, Tensor]:

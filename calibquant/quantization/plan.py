@@ -19,28 +19,32 @@ class TensorPlan:
     """How one tensor is quantized.
 
     Args:
-        grid: its codes.
+        grid: its codes; with an allocation its bits are the average of the channels'.
         symmetric: the range is symmetric around zero.
         granularity: what one scale spans.
         role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), "integer"
             (quantized by the integer placement only), or "bits" (the recipe names it in `bits`).
+        allocation: how bits are shared among channels when calibrating: "none", "banner" or "optimal".
     """
 
     grid: Grid
     symmetric: bool
     granularity: Granularity = PerTensor()  # noqa: RUF009  (a frozen value)
     role: str = "main"
+    allocation: str = "none"
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
         axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
-        return {**asdict(self.grid), "symmetric": self.symmetric, "axis": axis, "role": self.role}
+        row = {**asdict(self.grid), "symmetric": self.symmetric, "axis": axis, "role": self.role}
+        return row if self.allocation == "none" else {**row, "allocation": self.allocation}
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorPlan:
         """Inverse of `to_json`."""
         granularity = PerTensor() if row["axis"] is None else PerChannel(row["axis"])
-        return TensorPlan(Grid(row["bits"], row["signed"]), row["symmetric"], granularity, row["role"])
+        grid, allocation = Grid(row["bits"], row["signed"]), row.get("allocation", "none")
+        return TensorPlan(grid, row["symmetric"], granularity, row["role"], allocation)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class QuantPlan:
     def with_bits(self, name: str, bits: int) -> QuantPlan:
         """A copy in which one weight or activation has other bits; 8-bit weights are symmetric where they must be.
 
+        Where channels share bits, these are their average; 16 bits are not shared.
+
         Raises:
             QuantizationError: there is no quantizer of that name, or a grid of so many bits is not supported.
         """
@@ -71,11 +77,11 @@ class QuantPlan:
             raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
 
         if name in self.activations:
-            plan = self.activations[name]
-            return replace(self, activations={**self.activations, name: replace(plan, grid=Grid(bits))})
+            plan = _shared_up_to_8_bits(replace(self.activations[name], grid=Grid(bits)))
+            return replace(self, activations={**self.activations, name: plan})
         plan = self.weights[name]
-        symmetric = plan.symmetric or _only_symmetric(self.placement, bits)
-        plan = replace(plan, grid=Grid(bits, signed=symmetric), symmetric=symmetric)
+        symmetric = plan.symmetric or only_symmetric(self.placement, bits)
+        plan = _shared_up_to_8_bits(replace(plan, grid=Grid(bits, signed=symmetric), symmetric=symmetric))
         return replace(self, weights={**self.weights, name: plan})
 
 
@@ -97,6 +103,9 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
     output; `none`: nothing. What the recipe's `bits` names has those, whatever the rules say.
 
+    Per-channel activations: those of shape (N, C, H, W) with more than one position; others keep one scale. Bits are
+    shared among channels of weights of convolutions and products, and of such activations, with the role "main".
+
     Raises:
         QuantizationError: there is nothing to quantize, or `bits` names what is not quantized.
     """
@@ -113,7 +122,7 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
         name = str(weight_of(node).target)  # type: ignore[union-attr]
         weights.setdefault(name, _weight_plan(node, recipe, "boundary" if name in wide else "main"))
     order = [n for n in graph.graph.nodes if n.name in sites]
-    activations = {n.name: _activation_plan(recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
+    activations = {n.name: _activation_plan(n, recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
     return _with_named_bits(QuantPlan(weights, activations, recipe.placement, recipe.boundary), recipe)
 
 
@@ -272,9 +281,11 @@ def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     op = op_of(node)
     assert op is not None
     bits = max(recipe.weights.bits, recipe.boundary_bits) if role == "boundary" else recipe.weights.bits
-    symmetric = recipe.weights.symmetric or _only_symmetric(recipe.placement, bits)
+    symmetric = recipe.weights.symmetric or only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
-    return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role)
+    shared = role == "main" and op.kind is not Kind.LOOKUP
+    allocation = recipe.weights.allocation if shared else "none"
+    return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role, allocation)
 
 
 def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:
@@ -293,13 +304,26 @@ def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:
     return plan
 
 
-def _only_symmetric(placement: str, bits: int) -> bool:
+def only_symmetric(placement: str, bits: int) -> bool:
     """Integer kernels take 8-bit weights without zero points only."""
     return placement == "integer" and bits == 8
 
 
-def _activation_plan(recipe: QuantRecipe, role: str) -> TensorPlan:
+def _shared_up_to_8_bits(plan: TensorPlan) -> TensorPlan:
+    return plan if plan.grid.bits <= 8 else replace(plan, allocation="none")
+
+
+def _activation_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     bits = recipe.activations.bits
     if role != "main":
         bits = max(bits, recipe.boundary_bits if role == "boundary" else recipe.residual_bits)
-    return TensorPlan(Grid(bits), recipe.activations.symmetric, PerTensor(), role)
+    if recipe.activations.granularity == "per_tensor" or not _is_map(node):
+        return TensorPlan(Grid(bits), recipe.activations.symmetric, PerTensor(), role)
+    allocation = recipe.activations.allocation if role == "main" else "none"
+    return TensorPlan(Grid(bits), recipe.activations.symmetric, PerChannel(1), role, allocation)
+
+
+def _is_map(node: fx.Node) -> bool:
+    """Whether a node of a captured graph makes (N, C, H, W) with more than one position."""
+    shape = node.meta["shape"]
+    return len(shape) == 4 and shape[2] * shape[3] > 1

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
+from calibquant.numerics.grid import Grid, PerChannel
 from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize
 from calibquant.quantization.plan import TensorPlan
 
@@ -22,16 +23,24 @@ class WeightQuantizer(nn.Module):
     def __init__(self, name: str, plan: TensorPlan) -> None:
         super().__init__()
         self.name, self.plan, self.enabled = name, plan, True
+        self.grid = plan.grid
         self.rounding: SoftRounding | None = None
         self.codes: Tensor | None
         self.scale: Tensor
         self.zero_point: Tensor
-        for buffer in ("codes", "scale", "zero_point"):
+        self.channel_bits: Tensor | None
+        for buffer in ("codes", "scale", "zero_point", "channel_bits"):
             self.register_buffer(buffer, None)
 
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, on average over the channels; as planned until channels have their own."""
+        return mean_bits(self.plan, self.channel_bits)
+
     def set(self, value: QTensor) -> None:
-        """Take new codes, scale and zero point."""
+        """Take new codes, scale and zero point, and their grid."""
         self.codes, self.scale, self.zero_point = value.codes, value.scale, value.zero_point
+        self.grid, self.channel_bits = value.grid, value.channel_bits
 
     def get(self) -> QTensor:
         """The codes and what they mean.
@@ -41,7 +50,7 @@ class WeightQuantizer(nn.Module):
         """
         if self.codes is None:
             raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
-        return QTensor(self.codes, self.scale, self.zero_point, self.plan.grid, self.plan.granularity)
+        return QTensor(self.codes, self.scale, self.zero_point, self.grid, self.plan.granularity, self.channel_bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled.
@@ -80,12 +89,24 @@ class ActivationQuantizer(nn.Module):
         self.drop = 0.0  # share of the values that pass unquantized while reconstructing (QDrop)
         self.scale: Tensor | None
         self.zero_point: Tensor
-        for buffer in ("scale", "zero_point"):
+        self.channel_bits: Tensor | None
+        for buffer in ("scale", "zero_point", "channel_bits"):
             self.register_buffer(buffer, None)
 
-    def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take the scale and zero point of a clipping range, float, shape ()."""
-        self.scale, self.zero_point = activation_affine(low, high, self.plan)
+    @property
+    def per_channel(self) -> bool:
+        """Whether each channel has its own scale, which exists in simulation only."""
+        return isinstance(self.plan.granularity, PerChannel)
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, on average over the channels; as planned until channels have their own."""
+        return mean_bits(self.plan, self.channel_bits)
+
+    def set_range(self, low: Tensor, high: Tensor, channel_bits: Tensor | None = None) -> None:
+        """Take the scale and zero point of a clipping range, float, () or (C,), and the bits of each channel."""
+        self.scale, self.zero_point = activation_affine(low, high, self.plan, channel_bits)
+        self.channel_bits = channel_bits
 
     def get(self) -> tuple[Tensor, Tensor]:
         """The stored scale and zero point.
@@ -112,13 +133,22 @@ class ActivationQuantizer(nn.Module):
         if self.learned_zero_point is not None:
             self.learned_zero_point.data.clamp_(self.plan.grid.qmin, self.plan.grid.qmax)
             zero_point = self.learned_zero_point
+        if self.per_channel:
+            grid, granularity = self.plan.grid, self.plan.granularity
+            return fake_quantize(x, scale, zero_point, grid, granularity, self.channel_bits)
         if self.drop or x.requires_grad or scale.requires_grad:
             kept = kept_values(x, self.drop) if self.drop else None
             return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept)
         return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
 
     def start_learning(self) -> nn.Parameter:
-        """From now on the scale is learned (LSQ)."""
+        """From now on the scale is learned (LSQ).
+
+        Raises:
+            QuantizationError: there is one for each channel.
+        """
+        if self.per_channel:
+            raise QuantizationError(self.name, "has a scale for each channel", "learn scales per tensor only")
         self.learned_scale = nn.Parameter(self.get()[0].clone())
         return self.learned_scale
 
@@ -142,10 +172,26 @@ def _positive(scale: Tensor) -> Tensor:
     return scale.abs().clamp(min=torch.finfo(torch.float32).eps)
 
 
-def activation_affine(low: Tensor, high: Tensor, plan: TensorPlan) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an activation range.
+def activation_affine(
+    low: Tensor, high: Tensor, plan: TensorPlan, channel_bits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an activation range, each () or (C,).
 
-    A symmetric plan decides the sign from the data: without negative values the whole grid serves [0, high].
+    A symmetric plan decides the sign from the data: without negative values the whole grid serves [0, high]. A channel
+    of 0 bits, whose values all become 0, has scale 1 and zero point 0.
     """
-    symmetric = plan.symmetric and bool((low < 0).any())
-    return affine_from_range(low, high, plan.grid, symmetric)
+    if low.dim() == 0:
+        return affine_from_range(low, high, plan.grid, plan.symmetric and bool(low < 0))
+    bits = [plan.grid.bits] * len(low) if channel_bits is None else channel_bits.tolist()
+    pairs = [
+        affine_from_range(a, b, Grid(own), plan.symmetric and bool(a < 0))
+        if own
+        else (torch.ones(()), torch.zeros((), dtype=torch.int32))
+        for a, b, own in zip(low, high, bits, strict=True)
+    ]
+    return torch.stack([scale for scale, _ in pairs]), torch.stack([zero_point for _, zero_point in pairs])
+
+
+def mean_bits(plan: TensorPlan, channel_bits: Tensor | None) -> float:
+    """Average bits of a tensor's channels, which have equally many values; the plan's where they do not differ."""
+    return plan.grid.bits if channel_bits is None else float(channel_bits.double().mean())
