@@ -90,6 +90,9 @@ class WeightRecipe(Section):
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     observer: Literal["minmax", "percentile", "mse", "mse-shrink"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    correction: Literal["none", "mean", "mean-variance"] = Field(
+        default="none", description="put back what rounding shifts of each output channel's weights"
+    )
 
 
 class ActivationRecipe(Section):
@@ -111,6 +114,12 @@ class QuantRecipe(Section):
     boundary: Boundary = "qdrop"
     boundary_bits: Bits = Field(default=8, description="bits of what the boundary rule keeps wider")
     residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
+    equalize: bool = Field(default=False, description="equalize the weight ranges of neighbouring layers first")
+    bias_correction: Literal["none", "analytic", "empirical"] = Field(
+        default="none",
+        description="put the mean of each layer's output back: analytic from BatchNorm statistics, empirical from the "
+        "calibration images",
+    )
 
 
 class ReconstructRecipe(Section):

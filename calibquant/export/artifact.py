@@ -8,6 +8,7 @@ Tensors of model.safetensors:
     <parameter>              float32, what is not quantized (biases, unfolded norms)
     activations.scale        float32, (A,), in the order of graph.json
     activations.zero_point   int32, (A,)
+    bias_deltas.<node>       float32, (C,), what corrections add to the bias at a node; absent where there are none
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Size:
         packed: all tensors of model.safetensors.
         codes: the packed codes of the weights.
         scales: scales and zero points of weights and activations.
-        remainder: what stays float32 (biases, unfolded norms).
+        remainder: what stays float32 (biases and their corrections, unfolded norms).
         weight_bits: average bits of a quantized weight.
     """
 
@@ -76,7 +77,11 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
     if static:
         tensors["activations.scale"] = torch.stack([scale.cpu() for scale, _ in static])
         tensors["activations.zero_point"] = torch.stack([zero_point.cpu() for _, zero_point in static])
-    return tensors
+    return tensors | {f"bias_deltas.{node}": delta.cpu() for node, delta in _deltas(model).items()}
+
+
+def _deltas(model: QuantModel) -> dict[str, Tensor]:
+    return {node: d.delta for node, d in model.bias_deltas.items() if d.delta is not None}
 
 
 def size_of(model: QuantModel) -> Size:
@@ -90,9 +95,11 @@ def size_of(model: QuantModel) -> Size:
     scales = sum(4 * c + (0 if p.symmetric else packed_bytes(c, p.grid.bits)) for c, p in channels)
     scales += sum(0 if q.dynamic else 8 for q in model.activation_quantizers.values())
     remainder = sum(4 * t.numel() for name, t in tensors.items() if name not in weights)
+    deltas = sum(4 * d.numel() for d in _deltas(model).values())
     count = sum(w.numel() for w, _ in weights.values())
     bits = sum(w.numel() * p.grid.bits for w, p in weights.values()) / max(count, 1)
-    return Size(remainder + 4 * count, codes + scales + remainder, codes, scales, remainder, bits)
+    float32 = remainder + 4 * count
+    return Size(float32, codes + scales + remainder + deltas, codes, scales, remainder + deltas, bits)
 
 
 def save_artifact(model: QuantModel, folder: RunFolder) -> None:
@@ -179,6 +186,11 @@ def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
         ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
         for activation, (scale, zero_point) in zip(static, ranges, strict=True):
             activation.scale, activation.zero_point = scale.clone(), zero_point.clone()
+    for node, correction in model.bias_deltas.items():
+        delta = stored.get(f"bias_deltas.{node}")
+        if delta is not None and tuple(delta.shape) != model.bias_shape(node):
+            raise ValueError(f"bias_deltas.{node} has the shape {tuple(delta.shape)}")
+        correction.delta = None if delta is None else delta.clone()
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:

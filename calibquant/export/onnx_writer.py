@@ -103,13 +103,11 @@ class _FloatFile:
 
     def _round_biases(self) -> None:
         """Each product gets the bias that the simulation gives it; several may share one parameter."""
-        biases = self.model.biases()
+        biases = self.model.simulated_biases()
         for i, operation in enumerate(self.operations):
             if operation.output in biases:
-                _, _, bias = biases[operation.output]
-                rounding = self.model.simulation.get_submodule(f"bias_roundings.{operation.output}")
                 name = f"{operation.output}.rounded_bias"
-                self.parameters[name] = rounding(bias)
+                self.parameters[name] = biases[operation.output]
                 place = OPS[operation.op].bias
                 inputs = tuple(name if j == place else value for j, value in enumerate(operation.inputs))
                 self.operations[i] = replace(operation, inputs=inputs)

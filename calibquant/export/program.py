@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from calibquant.errors import QuantizationError
-from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, limits_of, op_of, weight_of
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization import QuantModel
@@ -188,7 +188,7 @@ class _Lowering:
         self.notes: list[str] = []
         self.tensors = {name: tensor.detach().cpu() for name, tensor in parameter_tensors(model.teacher).items()}
         self.weights = {name: _integer_weight(name, q.get()) for name, q in model.weight_quantizers.items()}
-        self.biases = model.biases()
+        self.biases, self.simulated = model.biases(), model.simulated_biases()
 
     def lower(self) -> Program:
         inputs, output = [], ""
@@ -254,10 +254,9 @@ class _Lowering:
             if integer and op.bias is not None and inputs[op.bias] is not None:
                 weight, bias = self._with_bias(node)
                 inputs[op.bias] = None
-            elif node.name in self.biases:  # computed in float, with the bias that the simulation has
+            elif node.name in self.simulated:  # computed in float, with the bias that the simulation has
                 name = f"{node.name}.bias"
-                rounding = self.model.simulation.get_submodule(f"bias_roundings.{node.name}")
-                self.tensors[name] = rounding(self.biases[node.name][2]).cpu()
+                self.tensors[name] = self.simulated[node.name].cpu()
                 inputs[op.bias or 0] = name
         elif op.integer and not integer and op.kind is not Kind.POOL:
             self.notes.append(f"{node.name} ({op.name}) is computed in float on dequantized inputs")
@@ -279,7 +278,7 @@ class _Lowering:
                 return node, None
             if kind_of(reader) is Kind.CONCAT and (grid := self._grid(reader)) is not None:
                 return last, _limited(grid, low, high)
-            limits = _limits(reader)
+            limits = limits_of(reader)
             if limits is None:
                 return node, None
             low, high = (min(max(value, limits[0]), limits[1]) for value in (low, high))
@@ -334,15 +333,6 @@ class _Lowering:
     def _add(self, step: Step) -> None:
         self.steps.append(step)
         self.grids[step.output] = step.grid
-
-
-def _limits(node: fx.Node) -> tuple[float, float] | None:
-    """The limits of a function that only limits its input; None for any other node."""
-    op = op_of(node)
-    if op is None or not op.limits:
-        return None
-    low, high = (0.0, None) if op.name == "relu" else (node.kwargs["low"], node.kwargs["high"])
-    return -math.inf if low is None else low, math.inf if high is None else high  # type: ignore[return-value]
 
 
 def _limited(grid: ActivationGrid, low: float, high: float) -> ActivationGrid:

@@ -18,6 +18,7 @@ from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
+from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
 from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
@@ -139,7 +140,8 @@ def _run(
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
     learning = recipe.reconstruct.method != "none"
-    total = 6 + learning + recipe.export.onnx
+    equalizing, correcting = recipe.quant.equalize, corrects(recipe)
+    total = 6 + learning + recipe.export.onnx + equalizing + correcting
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
@@ -147,19 +149,29 @@ def _run(
             if learning and prepared.entries != 1:
                 problem = f"{recipe.reconstruct.method} needs a network or part with one input"
                 raise RecipeError("recipe, reconstruct.method", problem, "use none")
-            model = QuantModel(
-                prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
-            )
+            check_corrections(recipe, prepared)
+        equalization = None
+        if equalizing:
+            begin(reporter, 2, total, "Equalize the weight ranges of neighbouring layers")
+            with clock.stage("equalize"):
+                prepared, equalization = equalized(recipe, prepared, reporter)
+        prepared = with_room(recipe, prepared)
+        model = QuantModel(
+            prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
+        )
         note(reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
+        corrections: dict[str, Any] = {}
         progress = load_checkpoint(folder, model, manifest_csv(prepared.manifest))
         if progress is None:
-            begin(reporter, 2, total, f"Round weights to {recipe.quant.weights.bits} bits")
+            begin(reporter, 2 + equalizing, total, f"Round weights to {recipe.quant.weights.bits} bits")
             with clock.stage("weights"):
                 calibrate_weights(model, recipe.quant, reporter.progress)
-            begin(reporter, 3, total, f"Observe activations for {recipe.quant.activations.bits} bits")
+            begin(reporter, 3 + equalizing, total, f"Observe activations for {recipe.quant.activations.bits} bits")
             with clock.stage("activations"):
                 _observe(recipe, prepared, model, device, reporter)
             model.to(device)  # ranges are found on the CPU
+            if correcting and not learning:
+                corrections = _correct(folder, recipe, prepared, model, (4 + equalizing, total), clock, reporter)
             _fit_biases(model, reporter)
             with clock.stage("accumulation"):
                 nearest = _errors(recipe, prepared, model, device)
@@ -170,15 +182,20 @@ def _run(
             model.to(device)
         after = None
         if learning:
-            begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
+            begin(reporter, 4 + equalizing, total, f"Reconstruct by {recipe.reconstruct.method}")
             with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
                 progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
+            if correcting:
+                corrections = _correct(folder, recipe, prepared, model, (5 + equalizing, total), clock, reporter)
+            _fit_biases(model, reporter)  # learned scales may have become smaller
+            with clock.stage("accumulation_after"):
                 after = _errors(recipe, prepared, model, device)
-        begin(reporter, 4 + learning, total, "Evaluate the float network")
+        evaluating = 4 + equalizing + learning + correcting
+        begin(reporter, evaluating, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
             float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, 5 + learning, total, f"Evaluate the {recipe.setting} network")
+        begin(reporter, evaluating + 1, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
         skipped = prepared.images.skipped | images.skipped
@@ -194,9 +211,25 @@ def _run(
         metrics = run_metrics(
             recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
         )
+        metrics |= {"equalization": equalization, "corrections": corrections}
         write_run(folder, recipe, prepared, model, metrics, files, {"threads": threads, "device": str(device)})
         folder.remove("checkpoint*")
     return Run(final_path(folder.path), model, metrics, quantized)
+
+
+def _correct(
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    step: tuple[int, int],
+    clock: _Clock,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """The step that corrects weights and biases; after reconstruction, so that it sees the final roundings."""
+    begin(reporter, *step, "Correct weights and biases")
+    with clock.stage("correct"):
+        return correct(recipe, prepared, model, resolve_device(recipe.device), folder.path, reporter)
 
 
 def _reconstruct(
@@ -229,7 +262,6 @@ def _reconstruct(
             "unit %s, %s: loss %.5g -> %.5g, %s",
             report.unit, report.phase, report.loss_before, report.loss_after, result,
         )  # fmt: skip
-    _fit_biases(model, reporter)  # learned scales may have become smaller
     rolled = sum(not report.kept for report in found.reports)
     note(reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
