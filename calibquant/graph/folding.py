@@ -60,13 +60,19 @@ def with_biases(graph: fx.GraphModule) -> fx.GraphModule:
             continue
         name, op = str(parameter.target), op_of(calls[0])
         groups = int(calls[0].kwargs.get("groups", 1)) if op.weight_axis else 1  # type: ignore[union-attr]
-        bias_name = f"{name.removesuffix('weight').rstrip('.')}.added_bias".lstrip(".")
+        bias_name = _beside(name, "added_bias")
         tensors[bias_name] = tensors[name].new_zeros(tensors[name].shape[op.weight_axis] * groups)  # type: ignore[union-attr]
         with edited.inserting_after(parameter):
             bias = edited.create_node("get_attr", bias_name, (), {}, name=bias_name.replace(".", "_"))
         for call in calls:
             call.update_arg(op_of(call).bias, bias)  # type: ignore[union-attr]
     return build({str(n.target): tensors[str(n.target)] for n in edited.nodes if n.op == "get_attr"}, edited)
+
+
+def _beside(weight: str, bias: str) -> str:
+    """conv1.weight -> conv1.<bias>; up, a parameter of its own, -> up_<bias>."""
+    stem = weight.removesuffix("weight")
+    return f"{weight}_{bias}" if stem == weight else f"{stem.rstrip('.')}.{bias}".lstrip(".")
 
 
 def _lacks_bias(call: fx.Node) -> bool:
@@ -101,7 +107,7 @@ def _fold(
     op = op_of(calls[0])
     assert op is not None
     tensors[name] = _scaled(tensors[name], gamma / std, op.weight_axis, int(calls[0].kwargs.get("groups", 1)))  # type: ignore[arg-type]
-    bias_name = f"{name.removesuffix('weight').rstrip('.')}.folded_bias".lstrip(".")
+    bias_name = _beside(name, "folded_bias")
     tensors[bias_name] = bias
     with graph.inserting_after(parameter):
         bias_node = graph.create_node("get_attr", bias_name, (), {}, name=bias_name.replace(".", "_"))
