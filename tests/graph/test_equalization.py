@@ -105,7 +105,7 @@ def test_a_limit_bounds_how_far_a_channel_is_scaled_up_and_holds_one_that_reache
     weights(graph)[1][0, 0] = 800.0
     first = weights(equalize(graph, lambda: [x]).graph)[0].flatten()
     assert first[0].item() == pytest.approx(6 / 1.25), "not sqrt(0.5 * 800) = 20, which would be cut at 6"
-    edited, (report,) = rescale(graph, {})
+    _, (report,) = rescale(graph, {})
     assert report.scaled == 0, "without ranges what a limit follows is left alone"
 
 
