@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +129,26 @@ class Features:
         Raises:
             RunFolderError: the store's disk is full or its folder cannot be written.
         """
+        results: list[Tensor] = []
+        count, start = len(next(iter(self.live.values()))), 0
+        for values in self.stream(nodes, outputs):
+            if not results:
+                results = [self.store.allocate((count, *v.shape[1:]), v.dtype) for v in values]
+            for result, value in zip(results, values, strict=True):
+                result[start : start + self.batch_size] = value.cpu()
+            start += self.batch_size
+        return results
+
+    def stream(self, nodes: Sequence[str], outputs: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
+        """What `run` gives, batch by batch on the device, and nothing of it is kept."""
         module = self.piece(nodes, outputs)
         entries = [n.name for n in _inputs(module)]
-        results: list[Tensor] = []
         count = len(next(iter(self.live.values())))
-        with torch.no_grad():
-            for start in range(0, count, self.batch_size):
-                part = slice(start, start + self.batch_size)
+        for start in range(0, count, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            with torch.no_grad():
                 values = module(*(take(self.live[name], part, self.device) for name in entries))
-                values = values if isinstance(values, tuple) else (values,)
-                if not results:
-                    results = [self.store.allocate((count, *v.shape[1:]), v.dtype) for v in values]
-                for result, value in zip(results, values, strict=True):
-                    result[part] = value.cpu()
-        return results
+            yield values if isinstance(values, tuple) else (values,)
 
 
 def take(values: Tensor, rows: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:

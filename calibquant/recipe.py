@@ -97,6 +97,9 @@ class WeightRecipe(Section):
     allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Literal["minmax", "percentile", "mse", "mse-shrink", "arq"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    correction: Literal["none", "mean", "mean-variance"] = Field(
+        default="none", description="put back what rounding shifts of each output channel's weights"
+    )
 
 
 class ActivationRecipe(Section):
@@ -152,6 +155,12 @@ class QuantRecipe(Section):
     residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
     bits: dict[str, Bits] = Field(default={}, description="bits of single weights or activations, by tensor name")
     mixed: MixedRecipe | None = Field(default=None, description="choose bits of single tensors under a budget")
+    equalize: bool = Field(default=False, description="equalize the weight ranges of neighbouring layers first")
+    bias_correction: Literal["none", "analytic", "empirical"] = Field(
+        default="none",
+        description="put the mean of each layer's output back: analytic from BatchNorm statistics, empirical from the "
+        "calibration images",
+    )
 
     @model_validator(mode="after")
     def _allocatable(self) -> QuantRecipe:

@@ -11,6 +11,7 @@ Tensors of model.safetensors:
     activations.scale        float32, (A,), in the order of graph.json: those with one scale
     activations.zero_point   int32, (A,)
     activations.<node>.scale, .zero_point, .channel_bits   (C,), of an activation with a scale for each channel
+    bias_deltas.<node>       float32, (C,), what corrections add to the bias at a node; absent where there are none
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Size:
         packed: all tensors of model.safetensors.
         codes: the packed codes of the weights.
         scales: scales and zero points of weights and activations.
-        remainder: what stays float32 (biases, unfolded norms).
+        remainder: what stays float32 (biases and their corrections, unfolded norms).
         weight_bits: average bits of a quantized weight.
     """
 
@@ -91,7 +92,11 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
         own = {"scale": scale, "zero_point": zero_point}
         own |= {} if bits is None else {"channel_bits": bits.to(torch.uint8)}
         tensors |= {f"activations.{activation.name}.{key}": tensor.cpu() for key, tensor in own.items()}
-    return tensors
+    return tensors | {f"bias_deltas.{node}": delta.cpu() for node, delta in _deltas(model).items()}
+
+
+def _deltas(model: QuantModel) -> dict[str, Tensor]:
+    return {node: d.delta for node, d in model.bias_deltas.items() if d.delta is not None}
 
 
 def _weight_tensors(name: str, quantizer: WeightQuantizer) -> dict[str, Tensor]:
@@ -131,9 +136,10 @@ def size_of(model: QuantModel) -> Size:
         if q.scale is not None
     )
     remainder = sum(4 * t.numel() for name, t in tensors.items() if name not in model.weight_quantizers)
+    deltas = sum(4 * d.numel() for d in _deltas(model).values())
     count = sum(w.numel() for w, _ in weights)
     bits = sum(w.numel() * q.mean_bits for w, q in weights) / max(count, 1)
-    return Size(remainder + 4 * count, codes + scales + remainder, codes, scales, remainder, bits)
+    return Size(remainder + 4 * count, codes + scales + remainder + deltas, codes, scales, remainder + deltas, bits)
 
 
 def _weight_bytes(weight: Tensor, quantizer: WeightQuantizer) -> tuple[int, int]:
@@ -237,6 +243,11 @@ def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
         activation.scale, activation.zero_point = (stored[f"{own}.{key}"].clone() for key in ("scale", "zero_point"))
         if activation.plan.allocation != "none":
             activation.channel_bits = _read_bits(stored, own, len(activation.scale))
+    for node, correction in model.bias_deltas.items():
+        delta = stored.get(f"bias_deltas.{node}")
+        if delta is not None and tuple(delta.shape) != model.bias_shape(node):
+            raise ValueError(f"bias_deltas.{node} has the shape {tuple(delta.shape)}")
+        correction.delta = None if delta is None else delta.clone()
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:

@@ -93,13 +93,11 @@ class _FloatFile:
 
     def _round_biases(self) -> None:
         """Each product gets the bias that the simulation gives it; several may share one parameter."""
-        biases = self.model.biases()
+        biases = self.model.simulated_biases()
         for i, step in enumerate(self.steps):
             if step.output in biases:
-                _, _, bias = biases[step.output]
-                rounding = self.model.simulation.get_submodule(f"bias_roundings.{step.output}")
                 name = f"{step.output}.rounded_bias"
-                self.parameters[name] = rounding(bias)
+                self.parameters[name] = biases[step.output]
                 place = OPS[step.op].bias
                 inputs = tuple(name if j == place else value for j, value in enumerate(step.inputs))
                 self.steps[i] = replace(step, inputs=inputs)

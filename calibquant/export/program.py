@@ -192,7 +192,7 @@ class _Lowering:
         self.notes: list[str] = []
         self.tensors = {name: tensor.detach().cpu() for name, tensor in parameter_tensors(model.teacher).items()}
         self.weights = {name: _integer_weight(name, q.get()) for name, q in model.weight_quantizers.items()}
-        self.biases = model.biases()
+        self.biases, self.simulated = model.biases(), model.simulated_biases()
 
     def lower(self) -> Program:
         inputs, output = [], ""
@@ -258,10 +258,9 @@ class _Lowering:
             if integer and op.bias is not None and inputs[op.bias] is not None:
                 weight, bias = self._with_bias(node)
                 inputs[op.bias] = None
-            elif node.name in self.biases:  # computed in float, with the bias that the simulation has
+            elif node.name in self.simulated:  # computed in float, with the bias that the simulation has
                 name = f"{node.name}.bias"
-                rounding = self.model.simulation.get_submodule(f"bias_roundings.{node.name}")
-                self.tensors[name] = rounding(self.biases[node.name][2]).cpu()
+                self.tensors[name] = self.simulated[node.name].cpu()
                 inputs[op.bias or 0] = name
         elif op.integer and not integer and op.kind is not Kind.POOL:
             self.notes.append(f"{node.name} ({op.name}) is computed in float on dequantized inputs")

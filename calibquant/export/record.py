@@ -19,7 +19,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
         dictionaries with `node`, `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel),
         `input` and `output` (bits, signed, scale, zero_point; None for float or a dynamic range). Scales and zero
         points of an activation per channel are lists. Where channels share bits, `bits` are those of the widest, and
-        `channel_bits` those of each.
+        `channel_bits` those of each. And `bias_delta`, a float for each channel, where the bias was corrected.
     """
     rows = []
     for node in model.teacher.graph.nodes:
@@ -28,6 +28,8 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
             continue
         quantizer = model.weight_quantizers[str(weight.target)]
         q = quantizer.get()
+        correction = model.bias_deltas.get(node.name)
+        delta = None if correction is None else correction.delta
         rows.append({
             "node": node.name,
             "layer": str(weight.target).removesuffix(".weight"),
@@ -42,6 +44,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
             },
             "input": _grid(model.quantizer_before(activations_of(node)[0])),
             "output": _grid(_quantizer_after(model, node)),
+            **({} if delta is None else {"bias_delta": delta.tolist()}),
         })  # fmt: skip
     return rows
 

@@ -1,7 +1,8 @@
 """The network as one torch.fx graph of canonical ops: capture, facts about it and edits that do not quantize."""
 
 from calibquant.graph.capture import capture
-from calibquant.graph.folding import fold_batch_norm
+from calibquant.graph.equalization import Equalization, equalize
+from calibquant.graph.folding import fold_batch_norm, with_biases
 from calibquant.graph.units import Unit, units
 
-__all__ = ["Unit", "capture", "fold_batch_norm", "units"]
+__all__ = ["Equalization", "Unit", "capture", "equalize", "fold_batch_norm", "units", "with_biases"]

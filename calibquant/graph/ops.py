@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class Op:
         integer: an integer runtime computes it from integer inputs; the `integer` placement quantizes all it reads.
         limits: it only limits values from below or above, which on a grid is a limit of the codes.
         accumulates: an integer kernel sums its products and its bias in int32.
+        homogeneous: f(s * x) = s * f(x) for a positive s in each channel.
+        keeps_mean: where it treats each channel apart, a channel's mean is unchanged but for what is padded.
     """
 
     run: Callable[..., Tensor]
@@ -57,6 +60,13 @@ class Op:
     integer: bool = False
     limits: bool = False
     accumulates: bool = False
+    homogeneous: bool = False
+    keeps_mean: bool = False
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of a product's output that holds its output channels."""
+        return 1 if self.kind is Kind.CONVOLUTION else -1
 
     @property
     def name(self) -> str:
@@ -325,20 +335,20 @@ _TABLE = [
     Op(mul, Kind.MUL, integer=True),
     Op(div, Kind.MUL),
     Op(cat, Kind.CONCAT, integer=True),
-    Op(max_pool2d, Kind.POOL, keeps_grid=True, integer=True),
-    Op(avg_pool2d, Kind.POOL, integer=True),
-    Op(adaptive_avg_pool2d, Kind.POOL, integer=True),
-    Op(adaptive_max_pool2d, Kind.POOL, keeps_grid=True, integer=True),
-    Op(mean, Kind.POOL, integer=True),
-    Op(amax, Kind.POOL, keeps_grid=True, integer=True),
+    Op(max_pool2d, Kind.POOL, keeps_grid=True, integer=True, homogeneous=True),
+    Op(avg_pool2d, Kind.POOL, integer=True, homogeneous=True, keeps_mean=True),
+    Op(adaptive_avg_pool2d, Kind.POOL, integer=True, homogeneous=True, keeps_mean=True),
+    Op(adaptive_max_pool2d, Kind.POOL, keeps_grid=True, integer=True, homogeneous=True),
+    Op(mean, Kind.POOL, integer=True, homogeneous=True, keeps_mean=True),
+    Op(amax, Kind.POOL, keeps_grid=True, integer=True, homogeneous=True),
     Op(batch_norm, Kind.NORM),
     Op(layer_norm, Kind.NORM),
     Op(group_norm, Kind.NORM),
     Op(softmax, Kind.FLOAT),
-    Op(relu, Kind.ACTIVATION, limits=True),
+    Op(relu, Kind.ACTIVATION, limits=True, homogeneous=True),
     Op(clamp, Kind.ACTIVATION, limits=True),
-    Op(leaky_relu, Kind.ACTIVATION),
-    Op(prelu, Kind.ACTIVATION),
+    Op(leaky_relu, Kind.ACTIVATION, homogeneous=True),
+    Op(prelu, Kind.ACTIVATION, homogeneous=True),
     Op(elu, Kind.ACTIVATION),
     Op(sigmoid, Kind.ACTIVATION),
     Op(tanh, Kind.ACTIVATION),
@@ -350,16 +360,16 @@ _TABLE = [
     Op(mish, Kind.ACTIVATION),
     Op(mul_scalar, Kind.ACTIVATION),
     Op(add_scalar, Kind.ACTIVATION),
-    Op(flatten, Kind.MOVE, keeps_grid=True),
+    Op(flatten, Kind.MOVE, keeps_grid=True, homogeneous=True, keeps_mean=True),
     Op(reshape, Kind.MOVE, keeps_grid=True),
     Op(permute, Kind.MOVE, keeps_grid=True),
     Op(slice_, Kind.MOVE, keeps_grid=True),
-    Op(pad, Kind.MOVE, keeps_grid=True),
+    Op(pad, Kind.MOVE, keeps_grid=True, homogeneous=True, keeps_mean=True),
     Op(pad_value, Kind.MOVE, integer=True),
-    Op(upsample_nearest, Kind.MOVE, keeps_grid=True),
+    Op(upsample_nearest, Kind.MOVE, keeps_grid=True, homogeneous=True, keeps_mean=True),
     Op(pixel_shuffle, Kind.MOVE, keeps_grid=True),
     Op(pixel_unshuffle, Kind.MOVE, keeps_grid=True),
-    Op(upsample_bilinear, Kind.RESAMPLE, integer=True),
+    Op(upsample_bilinear, Kind.RESAMPLE, integer=True, homogeneous=True, keeps_mean=True),
 ]
 OPS: dict[str, Op] = {op.name: op for op in _TABLE}
 _BY_FUNCTION: dict[object, Op] = {op.run: op for op in _TABLE}
@@ -393,3 +403,21 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 def activations_of(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values flow into a node, without its parameters."""
     return [source for source in node.all_input_nodes if source.op != "get_attr"]
+
+
+def splits_channels(node: fx.Node) -> bool:
+    """Whether an op of one tensor computes each channel (axis 1) of its output from the same channel of its input.
+
+    `flatten` from axis 1 counts: a channel's values stay together, one channel after the other.
+    """
+    op = op_of(node)
+    if op is None or op.kind not in (Kind.ACTIVATION, Kind.POOL, Kind.MOVE, Kind.RESAMPLE):
+        return False
+    attributes: dict[str, Any] = dict(node.kwargs)
+    if "dims" in attributes:
+        return op.kind is Kind.POOL and all(dim > 1 for dim in attributes["dims"])
+    if op.name == "flatten":
+        return bool(attributes["start"] == 1)
+    if "padding" in attributes and op.kind is Kind.MOVE:
+        return len(attributes["padding"]) <= 4  # height and width at most
+    return op.name not in ("reshape", "permute", "slice_", "pixel_shuffle", "pixel_unshuffle")

@@ -14,7 +14,17 @@ from calibquant.parallel import set_threads
 from calibquant.pipeline.checkpoint import load_checkpoint
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
-from calibquant.pipeline.stages import Live, Steps, calibrate, evaluate_both, export, learn, open_job, step_names
+from calibquant.pipeline.stages import (
+    Live,
+    Steps,
+    calibrate,
+    evaluate_both,
+    export,
+    learn,
+    learns,
+    open_job,
+    step_names,
+)
 from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
@@ -111,14 +121,14 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
         job = open_job(recipe, live, steps, folder)
         progress = load_checkpoint(folder, job.model, manifest_csv(job.prepared.manifest))
         if progress is None:
-            progress = calibrate(job)
+            progress = calibrate(job, folder)
         else:
             steps.seconds.update(progress.seconds)
             note(reporter, f"going on after {len(progress.reports)} reconstructed units")
             job.model.to(job.device)
         after = None
-        if recipe.reconstruct.method != "none":
-            progress, after = learn(folder, job, progress)
+        if learns(recipe):
+            progress, after = learn(job, folder, progress)
         float_result, quantized = evaluate_both(job)
         files = export(job) if recipe.export.onnx else {}
         with steps.begin("write", "Write the run folder"):

@@ -17,6 +17,7 @@ from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
+from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
 from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.mixing import Mixture, mix
@@ -29,6 +30,10 @@ from calibquant.reconstruction import feature_errors, reconstruct
 from calibquant.runfolder import RunFolder
 
 MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
+STEPS = (
+    "prepare", "equalize", "mixed", "weights", "activations", "reconstruct", "correct", "evaluate_float",
+    "evaluate_quantized", "export", "write",
+)  # fmt: skip
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
 
@@ -64,11 +69,19 @@ class Steps:
 
 def step_names(recipe: Recipe) -> tuple[str, ...]:
     """The steps of a run."""
-    mixing = ("mixed",) if recipe.quant.mixed else ()
-    learning = ("reconstruct",) if recipe.reconstruct.method != "none" else ()
-    evaluating = ("evaluate_float", "evaluate_quantized")
-    exporting = ("export",) if recipe.export.onnx else ()
-    return ("prepare", *mixing, "weights", "activations", *learning, *evaluating, *exporting, "write")
+    asked = {
+        "equalize": recipe.quant.equalize,
+        "mixed": recipe.quant.mixed is not None,
+        "reconstruct": learns(recipe),
+        "correct": corrects(recipe),
+        "export": recipe.export.onnx,
+    }
+    return tuple(name for name in STEPS if asked.get(name, True))
+
+
+def learns(recipe: Recipe) -> bool:
+    """Whether the recipe asks for a reconstruction."""
+    return recipe.reconstruct.method != "none"
 
 
 @dataclass(frozen=True)
@@ -116,10 +129,15 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
     device = resolve_device(recipe.device)
     with steps.begin("prepare", "Open the network and the images"):
         prepared = prepare(recipe, *live)
-        if recipe.reconstruct.method != "none" and prepared.entries != 1:
+        if learns(recipe) and prepared.entries != 1:
             problem = f"{recipe.reconstruct.method} needs a network or part with one input"
             raise RecipeError("recipe, reconstruct.method", problem, "use none")
+        check_corrections(recipe, prepared)
     quant, facts = recipe.quant, dict[str, Any]()
+    if quant.equalize:
+        with steps.begin("equalize", "Equalize the weight ranges of neighbouring layers"):
+            prepared, facts["equalization"] = equalized(recipe, prepared, steps.reporter)
+    prepared = with_room(recipe, prepared)
     if quant.mixed is not None:
         with steps.begin("mixed", "Choose the bits of single tensors"):
             mixture = _mixture(folder, recipe, prepared, device, steps.reporter)
@@ -141,8 +159,8 @@ def _mixture(
     return mixture
 
 
-def calibrate(job: Job) -> Progress:
-    """Round weights, find activation ranges, and measure how the error grows."""
+def calibrate(job: Job, folder: RunFolder | None = None) -> Progress:
+    """Round weights, find activation ranges, correct what is not learned yet, and measure how the error grows."""
     recipe, model, steps = job.recipe, job.model, job.steps
     width = "their" if recipe.quant.mixed else recipe.quant.weights.bits
     with steps.begin("weights", f"Round weights to {width} bits"):
@@ -150,14 +168,16 @@ def calibrate(job: Job) -> Progress:
     with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
         _observe(job, steps.reporter)
     model.to(job.device)  # ranges are found on the CPU
+    if corrects(recipe) and not learns(recipe):
+        _correct(job, folder)
     _fit_biases(job)
     with steps.time("accumulation"):
         errors = _errors(job)
     return Progress([], errors, dict(steps.seconds))
 
 
-def learn(folder: RunFolder, job: Job, before: Progress) -> tuple[Progress, dict[str, float]]:
-    """Reconstruct the units that have no report yet, with a checkpoint after each.
+def learn(job: Job, folder: RunFolder, before: Progress) -> tuple[Progress, dict[str, float]]:
+    """Reconstruct the units that have no report yet, with a checkpoint after each, and correct what remains.
 
     Returns:
         all reports, and how the error grows afterwards.
@@ -184,10 +204,21 @@ def learn(folder: RunFolder, job: Job, before: Progress) -> tuple[Progress, dict
                 "unit %s, %s: loss %.5g -> %.5g, %s",
                 report.unit, report.phase, report.loss_before, report.loss_after, result,
             )  # fmt: skip
-        _fit_biases(job)  # learned scales may have become smaller
-        rolled = sum(not report.kept for report in found.reports)
-        note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
+    rolled = sum(not report.kept for report in found.reports)
+    note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
+    if corrects(recipe):
+        _correct(job, folder)
+    _fit_biases(job)  # learned scales may have become smaller
+    with job.steps.time("accumulation_after"):
         return found, _errors(job)
+
+
+def _correct(job: Job, folder: RunFolder | None) -> None:
+    """Correct weights and biases; after reconstruction, so that it sees the final roundings."""
+    with job.steps.begin("correct", "Correct weights and biases"):
+        path = None if folder is None else folder.path
+        found = correct(job.recipe, job.prepared, job.model, job.device, path, job.reporter)
+    job.facts["corrections"] = found
 
 
 def evaluate_both(job: Job) -> tuple[Evaluation, Evaluation]:

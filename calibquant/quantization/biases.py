@@ -31,6 +31,31 @@ def kernel_shift(bits: int) -> int:
     return max(0, 6 - bits)
 
 
+class BiasDelta(nn.Module):
+    """Adds to a product's bias what corrections of its quantized weight and input found, while its weight is quantized.
+
+    Args:
+        weight: quantizer of the product's weight.
+    """
+
+    def __init__(self, weight: WeightQuantizer) -> None:
+        super().__init__()
+        self._quantizer = (weight,)  # in a tuple: it belongs to the network, not to the bias
+        self.delta: Tensor | None
+        self.register_buffer("delta", None)
+
+    def add(self, change: Tensor) -> None:
+        """Add to what was found before; float, (C,)."""
+        change = change.float()
+        self.delta = change if self.delta is None else self.delta + change.to(self.delta.device)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The corrected bias, float32 (C,); `bias` itself without a correction or while the weight is not quantized."""
+        if self.delta is None or not self._quantizer[0].enabled:
+            return bias
+        return bias + self.delta
+
+
 class BiasRounding(nn.Module):
     """Rounds a bias to the grid of its product's accumulator, whatever the scales become.
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.graph.subgraph import subgraph
-from calibquant.quantization.biases import BiasRounding
+from calibquant.quantization.biases import BiasDelta, BiasRounding
 from calibquant.quantization.plan import QuantPlan
 from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -66,16 +66,20 @@ class QuantModel(nn.Module):
     ) -> None:
         super().__init__()
         self.teacher, self.plan = teacher, plan
+        # Node name -> the correction of its bias, for products with a quantized weight and a bias.
+        self.bias_deltas: dict[str, BiasDelta]
         # Node name -> quantizer of the input, for products whose bias is added in integers; a part may not hold it.
         self.bias_sources: dict[str, ActivationQuantizer]
         if shared is None:
             self.weight_quantizers = {name: WeightQuantizer(name, p) for name, p in plan.weights.items()}
             self.activation_quantizers = {n: ActivationQuantizer(n, p, dynamic) for n, p in plan.activations.items()}
             self.bias_sources = self._find_bias_sources()
+            self.bias_deltas = self._make_bias_deltas()
         else:
             self.weight_quantizers = {name: shared.weight_quantizers[name] for name in plan.weights}
             self.activation_quantizers = {name: shared.activation_quantizers[name] for name in plan.activations}
             self.bias_sources = shared.bias_sources
+            self.bias_deltas = {n.name: d for n in teacher.graph.nodes if (d := shared.bias_deltas.get(n.name))}
         self.simulation = self._build()
         self.eval()
 
@@ -140,17 +144,31 @@ class QuantModel(nn.Module):
         return self.activation_quantizers[node.name]
 
     def biases(self) -> dict[str, tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
-        """The products whose bias is added in integers: quantizers of input and weight, and the float bias, by node."""
-        tensors = parameter_tensors(self.teacher)
-        return {
-            node.name: (
-                self.bias_sources[node.name],
-                self.weight_quantizers[str(weight_of(node).target)],  # type: ignore[union-attr]
-                tensors[str(node.args[op_of(node).bias].target)],  # type: ignore[union-attr]
-            )
-            for node in self.teacher.graph.nodes
-            if node.name in self.bias_sources
-        }
+        """The products whose bias is added in integers: quantizers of input and weight, corrected bias, by node."""
+        found = {}
+        for node in self.teacher.graph.nodes:
+            if node.name in self.bias_sources:
+                quantizer = self.weight_quantizers[str(weight_of(node).target)]  # type: ignore[union-attr]
+                bias, delta = self._bias(node), self.bias_deltas[node.name].delta
+                found[node.name] = (self.bias_sources[node.name], quantizer, bias if delta is None else bias + delta)
+        return found
+
+    def bias_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the bias that a node with a `bias_delta` adds."""
+        return tuple(self._bias(self._node(name)).shape)
+
+    def simulated_biases(self) -> dict[str, Tensor]:
+        """The biases that the simulation changes, corrected and rounded, by the node that adds them."""
+        found = {}
+        for node in self.teacher.graph.nodes:
+            if node.name in self.bias_deltas:
+                bias = self._bias(node)
+                corrected = self.bias_deltas[node.name](bias)
+                if node.name in self.bias_sources:
+                    corrected = self.simulation.get_submodule(f"bias_roundings.{node.name}")(corrected)
+                if corrected is not bias:
+                    found[node.name] = corrected
+        return found
 
     def coverage(self) -> list[CoverageRow]:
         """Every compute node, its bits, or the reason why something of it stays float."""
@@ -188,18 +206,23 @@ class QuantModel(nn.Module):
             elif node.name in self.activation_quantizers:
                 activations[node.name] = self.activation_quantizers[node.name]
                 self._insert(graph, node, f"activation_quantizers.{node.name}")
-        roundings = nn.ModuleDict()
+        deltas, roundings = nn.ModuleDict(), nn.ModuleDict()
+        root.add_module("bias_deltas", deltas)
         root.add_module("bias_roundings", roundings)
+        for node in [n for n in graph.nodes if n.name in self.bias_deltas and n.op == "call_function"]:
+            deltas[node.name] = self.bias_deltas[node.name]
+            self._insert_at_bias(graph, node, f"bias_deltas.{node.name}")
         for node in [n for n in graph.nodes if n.name in self.bias_sources and n.op == "call_function"]:
             weight = weight_of(self._node(node.name))
             quantizer = self.weight_quantizers[str(weight.target)]  # type: ignore[union-attr]
             roundings[node.name] = BiasRounding(self.bias_sources[node.name], quantizer)
-            place = op_of(node).bias  # type: ignore[union-attr]
-            with graph.inserting_before(node):
-                rounded = graph.call_module(f"bias_roundings.{node.name}", (node.args[place],))
-            node.update_arg(place, rounded)
+            self._insert_at_bias(graph, node, f"bias_roundings.{node.name}")
         graph.lint()
         return fx.GraphModule(root, graph)
+
+    def _bias(self, node: fx.Node) -> Tensor:
+        """The float bias of a product that has one."""
+        return self.teacher.get_buffer(str(node.args[op_of(node).bias].target))  # type: ignore[union-attr, index]
 
     def _node(self, name: str) -> fx.Node:
         return next(n for n in self.teacher.graph.nodes if n.name == name)
@@ -218,6 +241,24 @@ class QuantModel(nn.Module):
             if isinstance(bias, fx.Node) and bias.op == "get_attr" and stored:
                 found[node.name] = source  # type: ignore[assignment]
         return found
+
+    def _make_bias_deltas(self) -> dict[str, BiasDelta]:
+        found = {}
+        for node in self.teacher.graph.nodes:
+            op, weight = op_of(node), weight_of(node)
+            if op is None or op.bias is None or weight is None or str(weight.target) not in self.weight_quantizers:
+                continue
+            bias = node.args[op.bias]
+            if isinstance(bias, fx.Node) and bias.op == "get_attr":
+                found[node.name] = BiasDelta(self.weight_quantizers[str(weight.target)])
+        return found
+
+    @staticmethod
+    def _insert_at_bias(graph: fx.Graph, node: fx.Node, target: str) -> None:
+        place = op_of(node).bias or 0  # type: ignore[union-attr]
+        with graph.inserting_before(node):
+            changed = graph.call_module(target, (node.args[place],))
+        node.update_arg(place, changed)
 
     @staticmethod
     def _insert(graph: fx.Graph, node: fx.Node, target: str) -> None:

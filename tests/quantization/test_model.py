@@ -51,7 +51,7 @@ def on_a_grid(value: Tensor, model: QuantModel) -> bool:
     return False
 
 
-PARAMETERS = ("network.", "weight_quantizers.", "bias_roundings.")
+PARAMETERS = ("network.", "weight_quantizers.", "bias_deltas.", "bias_roundings.")
 
 
 class Recorder(fx.Interpreter):

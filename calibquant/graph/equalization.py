@@ -1,0 +1,353 @@
+"""Cross-layer equalization: channels' weight ranges moved between two layers, so that one scale fits them all.
+
+Source: Nagel, van Baalen, Blankevoort and Welling, "Data-Free Quantization Through Weight Equalization and Bias
+Correction", ICCV 2019, section 4.1. Here the network must stay the same function, which the paper gives up where it
+replaces ReLU6 by ReLU and where it absorbs biases: what calibration images show bounds both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from calibquant.graph.capture import TOLERANCE, relative_difference
+from calibquant.graph.expectations import Normal, normal_of, set_normal
+from calibquant.graph.folding import with_biases
+from calibquant.graph.limits import limits_of
+from calibquant.graph.lowering import build
+from calibquant.graph.ops import Kind, activations_of, op_of, splits_channels, weight_of
+
+MARGIN = 1.25  # a limit counts as never reached if the largest value seen, times this, stays below it
+DEVIATIONS = 4.0  # and the BatchNorm's mean so many standard deviations up does too
+ABSORBED = 3.0  # standard deviations below the mean from where a bias is absorbed, as in the paper
+SETTLED, SWEEPS = 1e-4, 200  # the iteration ends when no factor differs from 1 by more, or after so many sweeps
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers of which the second alone reads the first, through functions that let a channel's scale pass.
+
+    Args:
+        producer, consumer: the layers' nodes.
+        limit: above which the function between them cuts values (6 for ReLU6); infinite without one.
+        rectified: the only function between them cuts values at 0 from below, and the consumer pads nothing.
+    """
+
+    producer: fx.Node
+    consumer: fx.Node
+    limit: float
+    rectified: bool
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """The smallest and the largest value of each channel of a node over the images; float64, (C,)."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What equalization did to a pair.
+
+    Args:
+        producer, consumer: the layers' nodes.
+        channels: between them.
+        scaled: channels whose scale was changed by more than 1 %.
+        held: channels that a limit such as ReLU6's keeps as they are.
+        absorbed: channels of whose bias a part went into the consumer's.
+        producer_spread, consumer_spread: the largest channel's max|w| over the median channel's, before and after: of
+            the producer's output channels, and of the consumer's input channels.
+    """
+
+    producer: str
+    consumer: str
+    channels: int
+    scaled: int
+    held: int
+    absorbed: int
+    producer_spread: tuple[float, float]
+    consumer_spread: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """An equalized network.
+
+    Args:
+        graph: the network, the same function; the given one where `undone` says so.
+        pairs: what was done to each pair.
+        difference: of the network's output on the images, relative to the largest.
+        undone: the difference was beyond `capture.TOLERANCE`, so nothing was changed.
+    """
+
+    graph: fx.GraphModule
+    pairs: tuple[PairReport, ...]
+    difference: float
+    undone: bool
+
+
+def equalize(
+    graph: fx.GraphModule,
+    batches: Callable[[], Iterable[Tensor]],
+    mount: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> Equalization:
+    """Equalize a float network, and check on images that it computes the same.
+
+    Args:
+        graph: canonical, BatchNorm folded; it is not changed.
+        batches: gives images, (N, C, H, W) float32, each time it is called.
+        mount: puts the network where images reach it; a part of a larger network is mounted in that.
+
+    Example:
+        >>> from calibquant.graph import capture
+        >>> net = capture(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1)), torch.zeros(1, 1, 4, 4))
+        >>> found = equalize(net, lambda: [torch.rand(8, 1, 4, 4)])
+        >>> [(pair.producer, pair.consumer) for pair in found.pairs], found.undone
+        ([('_0', '_2')], False)
+    """
+    pairs = find_pairs(graph)
+    ranges = channel_ranges(graph, [pair.producer.name for pair in pairs], batches(), mount)
+    edited, reports = rescale(graph, ranges)
+    difference = _difference(mount(graph), mount(edited), batches())
+    undone = difference > TOLERANCE
+    return Equalization(graph if undone else edited, () if undone else reports, difference, undone)
+
+
+def find_pairs(graph: fx.GraphModule) -> list[Pair]:
+    """The pairs of a canonical graph, in execution order.
+
+    Layers are convolutions (not transposed), depthwise ones too, and linears whose weight and bias no other call uses.
+    Between them may stand, each read once only: positively homogeneous functions (ReLU, leaky ReLU, PReLU), pools,
+    resizing, padding with zeros, and `flatten`; and right behind the producer a limit from above, such as ReLU6's.
+    """
+    pairs = []
+    for node in graph.graph.nodes:
+        if _is_layer(node):
+            pair = _pair_from(node)
+            if pair is not None:
+                pairs.append(pair)
+    return pairs
+
+
+def channel_ranges(
+    graph: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], mount: Callable[[nn.Module], nn.Module]
+) -> dict[str, ChannelRange]:
+    """The range of each channel of some products' outputs over images."""
+    watch = _Watched(graph, set(nodes))
+    network = mount(watch)
+    with torch.inference_mode():
+        for batch in batches:
+            network(batch)
+    return watch.interpreter.ranges
+
+
+def rescale(graph: fx.GraphModule, ranges: Mapping[str, ChannelRange]) -> tuple[fx.GraphModule, tuple[PairReport, ...]]:
+    """The equalized graph, unchecked.
+
+    For each channel i of a pair, s_i = sqrt(r1_i / r2_i), r1 and r2 being the largest |w| of the producer's output
+    channel and the consumer's input channel: the producer's row and bias are divided by s_i, the consumer's column is
+    multiplied. Pairs take turns until nothing moves. A channel's factors together stay at or above the largest value
+    that it has over that which it may reach: the limit behind it where there is one, the largest value of the whole
+    tensor where there is none. A channel that is near its limit keeps its scale.
+
+    Args:
+        graph: canonical, BatchNorm folded.
+        ranges: of the producers' outputs; without a producer's, its channels are bounded by nothing, and those that a
+            limit follows are left alone.
+    """
+    edited = with_biases(graph)
+    tensors = {name: tensor.detach().double() for name, tensor in edited.named_buffers()}
+    links = [_Link(pair, tensors, ranges.get(pair.producer.name)) for pair in find_pairs(edited)]
+    for _ in range(SWEEPS):
+        if max((link.step() for link in links), default=0.0) <= SETTLED:
+            break
+    reports = tuple(link.finish() for link in links)
+    own = dict(edited.named_buffers())
+    changed = {name for link in links for name in link.changed}
+    kept = {n: tensors[n].to(own[n].dtype) if n in changed else own[n] for n in own}
+    return build(kept, edited.graph), reports
+
+
+class _Link:
+    """A pair while its network is equalized; changes the tensors (float64) that it is given."""
+
+    def __init__(self, pair: Pair, tensors: dict[str, Tensor], seen: ChannelRange | None) -> None:
+        self.pair, self.tensors = pair, tensors
+        (self.first, self.bias), (self.second, self.second_bias) = (_names(n) for n in (pair.producer, pair.consumer))
+        self.changed = (self.first, self.bias, self.second, self.second_bias)
+        self.total = torch.ones(len(tensors[self.first]), dtype=torch.float64)
+        self.seen, self.absorbed = seen, 0
+        self.least, self.free = self._bounds()
+        self.before = (_spread(self._rows()), _spread(self._columns()))
+
+    def step(self) -> float:
+        """One turn; returns the largest |log s|."""
+        rows, columns = self._rows(), self._columns()
+        usable = (rows > 0) & (columns > 0) & self.free
+        factor = torch.where(usable, (rows / columns.clamp(min=1e-300)).sqrt(), 1.0)
+        factor = torch.where(usable, (self.total * factor).maximum(self.least) / self.total, 1.0)
+        self.total = self.total * factor
+        first, second = self.tensors[self.first], self.tensors[self.second]
+        self.tensors[self.first] = first / factor.reshape(-1, *[1] * (first.dim() - 1))
+        self.tensors[self.bias] = self.tensors[self.bias] / factor
+        view = _by_input(second, self.pair.consumer, len(factor))
+        self.tensors[self.second] = (view * factor.reshape(view.shape[0], 1, -1, 1)).reshape(second.shape)
+        return float(factor.log().abs().max())
+
+    def finish(self) -> PairReport:
+        """Scale the producer's statistics as its output, absorb biases, and tell."""
+        normal = normal_of(self.pair.producer)
+        if normal is not None:
+            mean, std = (value.double().cpu() / self.total for value in (normal.mean, normal.std))
+            mean = mean - self._absorb(mean, std)
+            set_normal(self.pair.producer, Normal(mean.float(), std.float()))
+        after = (_spread(self._rows()), _spread(self._columns()))
+        return PairReport(
+            self.pair.producer.name, self.pair.consumer.name, len(self.total),
+            int(((self.total - 1).abs() > 0.01).sum()), int((~self.free).sum()), self.absorbed,
+            (self.before[0], after[0]), (self.before[1], after[1]),
+        )  # fmt: skip
+
+    def _absorb(self, mean: Tensor, std: Tensor) -> Tensor:
+        """c = max(0, mean - 3 std), at most the smallest value seen: what a rectifier passes as it is (DFQ, 4.1.3)."""
+        amount = torch.zeros_like(mean)
+        if self.seen is None or not self.pair.rectified:
+            return amount
+        amount = torch.minimum(mean - ABSORBED * std, self.seen.low / self.total).clamp(min=0)
+        amount = torch.where(self.free, amount, 0.0)
+        view = _by_input(self.tensors[self.second], self.pair.consumer, len(amount))
+        moved = (view.sum(3) * amount.reshape(view.shape[0], 1, -1)).sum(2).flatten()
+        self.tensors[self.bias] = self.tensors[self.bias] - amount
+        self.tensors[self.second_bias] = self.tensors[self.second_bias] + moved
+        self.absorbed = int((amount > 0).sum())
+        return amount
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The least that each channel's factor may be, and whether it may be changed at all."""
+        limited = math.isfinite(self.pair.limit)
+        if self.seen is None:
+            return torch.zeros_like(self.total), torch.full_like(self.total, not limited, dtype=torch.bool)
+        if not limited:
+            largest = self.seen.high.abs().maximum(self.seen.low.abs())
+            return largest / largest.max().clamp(min=1e-300), torch.ones_like(self.total, dtype=torch.bool)
+        reach, normal = MARGIN * self.seen.high.clamp(min=0), normal_of(self.pair.producer)
+        if normal is not None:
+            reach = reach.maximum(normal.mean.double().cpu() + DEVIATIONS * normal.std.double().cpu())
+        return reach / self.pair.limit, reach < self.pair.limit
+
+    def _rows(self) -> Tensor:
+        return self.tensors[self.first].flatten(1).abs().amax(1)
+
+    def _columns(self) -> Tensor:
+        return _by_input(self.tensors[self.second], self.pair.consumer, len(self.total)).abs().amax((1, 3)).flatten()
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """A product of one activation with a weight, and perhaps a bias, of its own."""
+    op, weight = op_of(node), weight_of(node)
+    if op is None or weight is None or op.bias is None or op.weight_axis != 0 or len(weight.users) != 1:
+        return False
+    bias = node.args[op.bias]
+    own = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1)
+    return own and len(activations_of(node)) == 1
+
+
+def _pair_from(producer: fx.Node) -> Pair | None:
+    """Follow the only reader of each value to the next layer."""
+    node, last, limit = producer, op_of(producer).channel_axis == -1, math.inf  # type: ignore[union-attr]
+    between: list[fx.Node] = []
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        op = op_of(reader)
+        if op is None:
+            return None
+        if _is_layer(reader):
+            if last != (op.kind is Kind.MATMUL):
+                return None
+            return Pair(producer, reader, limit, _rectified(between) and not _pads(reader))
+        limits = limits_of(reader)
+        if not splits_channels(reader) or (last and op.kind is not Kind.ACTIVATION):
+            return None
+        if limits is not None and not op.homogeneous:
+            if node is not producer or limits[0] not in (0, -math.inf) or limits[1] <= 0:
+                return None
+            limit = limits[1]
+        elif not op.homogeneous:
+            return None
+        last = last or op.name == "flatten" or reader.kwargs.get("keepdim") is False
+        between.append(reader)
+        node = reader
+    return None
+
+
+def _rectified(between: list[fx.Node]) -> bool:
+    limits = [limits_of(node) for node in between]
+    return len(limits) == 1 and limits[0] is not None and limits[0][0] == 0
+
+
+def _pads(node: fx.Node) -> bool:
+    padding: Any = node.kwargs.get("padding", 0)
+    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+
+
+def _names(node: fx.Node) -> tuple[str, str]:
+    weight = weight_of(node)
+    assert weight is not None
+    bias: Any = node.args[op_of(node).bias]  # type: ignore[union-attr, index]
+    return str(weight.target), str(bias.target)
+
+
+def _by_input(weight: Tensor, node: fx.Node, channels: int) -> Tensor:
+    """A weight as (groups, outputs a group, inputs a group, taps), `channels` input channels in all."""
+    groups = int(node.kwargs.get("groups", 1))  # type: ignore[arg-type]
+    return weight.reshape(groups, len(weight) // groups, channels // groups, -1)
+
+
+def _spread(ranges: Tensor) -> float:
+    used = ranges[ranges > 0]
+    return float(used.max() / used.median()) if len(used) else 1.0
+
+
+# --- on images --------------------------------------------------------------------------------------------------------
+
+
+class _Watched(nn.Module):
+    """The float network; the ranges of some nodes' channels are kept."""
+
+    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
+        super().__init__()
+        self.network, self.interpreter = network, _Interpreter(network, names)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.interpreter.run(*inputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(network)
+        self.names, self.extra_traceback = names, False
+        self.ranges: dict[str, ChannelRange] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            rows = value.movedim(op_of(n).channel_axis, 0).flatten(1)  # type: ignore[union-attr]
+            low, high = (end.double().cpu() for end in torch.aminmax(rows, dim=1))
+            old = self.ranges.get(n.name, ChannelRange(low, high))
+            self.ranges[n.name] = ChannelRange(low.minimum(old.low), high.maximum(old.high))
+        return value
+
+
+def _difference(want: nn.Module, got: nn.Module, batches: Iterable[Tensor]) -> float:
+    with torch.inference_mode():
+        return max((relative_difference(want(batch), got(batch)) for batch in batches), default=0.0)
