@@ -94,7 +94,7 @@ class Job:
         model: the network that is quantized, on `device` but while it is exported.
         device: where it runs.
         steps: of the run.
-        facts: of stages that not every run has, for metrics.json.
+        facts: what stages that not every run has found, for metrics.json.
     """
 
     recipe: Recipe
@@ -133,7 +133,8 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
             problem = f"{recipe.reconstruct.method} needs a network or part with one input"
             raise RecipeError("recipe, reconstruct.method", problem, "use none")
         check_corrections(recipe, prepared)
-    quant, facts = recipe.quant, dict[str, Any]()
+    quant = recipe.quant
+    facts: dict[str, Any] = {"equalization": None, "mixed": None, "corrections": {}}
     if quant.equalize:
         with steps.begin("equalize", "Equalize the weight ranges of neighbouring layers"):
             prepared, facts["equalization"] = equalized(recipe, prepared, steps.reporter)
