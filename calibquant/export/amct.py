@@ -6,13 +6,12 @@ from typing import Any
 
 from calibquant.export.record import record
 from calibquant.graph.ops import weight_of
+from calibquant.numerics.amct import IFMR_PERCENTILE, IFMR_RANGE, IFMR_STEP
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization.model import QuantModel
 from calibquant.recipe import QuantRecipe
 
 CONFIG = "config.json"
-PERCENTILE = 0.999999  # AMCT's defaults, which it takes where it searches ranges itself
-SEARCH_RANGE, SEARCH_STEP = [0.7, 1.3], 0.01
 BALANCER = 0.5
 
 
@@ -69,13 +68,13 @@ def _activation(bits: int, recipe: QuantRecipe) -> dict[str, Any]:
     asymmetric = not own.symmetric
     if own.observer in ("kl", "hfmg"):
         return {"num_bits": bits, "act_algo": "hfmg", "num_of_bins": 4096, "asymmetric": asymmetric}
-    kept = PERCENTILE if own.observer != "percentile" else round(1 - (1 - own.percentile / 100) / 2, 8)
+    kept = IFMR_PERCENTILE if own.observer != "percentile" else round(1 - (1 - own.percentile / 100) / 2, 8)
     return {
         "num_bits": bits,
         "act_algo": "ifmr",
         "max_percentile": kept,
         "min_percentile": kept,
-        "search_range": SEARCH_RANGE,
-        "search_step": SEARCH_STEP,
+        "search_range": list(IFMR_RANGE),
+        "search_step": IFMR_STEP,
         "asymmetric": asymmetric,
     }

@@ -8,9 +8,9 @@ the paper's formulas, not read from a table.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ from scipy.special import lambertw, ndtr
 from torch import Tensor
 
 from calibquant.errors import QuantizationError
+from calibquant.numerics.affine import affine_from_range
+from calibquant.numerics.grid import Grid
 from calibquant.numerics.histogram import Histogram
+from calibquant.numerics.rows import rows_of
 
 Density = Literal["laplace", "gauss"]
 _TINY = 1e-300  # in place of a scale of zero: all values are equal
@@ -108,7 +111,7 @@ class DensityFit:
 
     @property
     def better(self) -> Density:
-        """The density that is nearer to the values; Laplace on a tie."""
+        """The density that is nearer to the values' bulk; Laplace on a tie."""
         return "laplace" if self.laplace_distance <= self.gauss_distance else "gauss"
 
     def scale(self, density: Density) -> float:
@@ -149,7 +152,7 @@ def fit_densities(histogram: Histogram, mirrored: bool = False) -> DensityFit:
 
 def aciq_range_of(
     histogram: Histogram,
-    bits: int,
+    grid: Grid,
     density: Density | Literal["auto"] = "auto",
     limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[Tensor, Tensor]:
@@ -158,8 +161,8 @@ def aciq_range_of(
     - Values that a function behind them limits to zero from below (ReLU): [0, max(mean, 0) + alpha], one-sided.
     - Values of one sign without such a function (a sum of two ReLUs' outputs): [0, alpha] or [-alpha, 0], one-sided,
       with densities fitted to the values and their mirror images. A density about the values' mean would have mass
-      where no value can be; mirrored values have mean zero, and a two-sided quantizer of one bit more would spend half
-      of its codes on each half.
+      where no value can be. With mirror images the mean is zero, and a two-sided quantizer of one bit more would spend
+      half of its codes on either half, so that the formula holds as it does behind a ReLU.
     - Others: [mean - alpha, mean + alpha].
 
     Each end is cut to what comes out behind the limits: to the extremes of the values seen, limited. (The released
@@ -167,8 +170,10 @@ def aciq_range_of(
 
     Args:
         histogram: of the values before the limiting function.
-        bits: of the codes.
-        density: which fit is used; "auto" takes the one that is nearer to the values.
+        grid: the codes.
+        density: which fit is used. "auto" takes the one whose range has the smaller squared error on the values seen,
+            limited and rounded to the grid; Laplace on a tie. (The better fit by Kolmogorov and Smirnov's distance may
+            be the worse choice: it hardly depends on the tail that is clipped.)
         limits: least and largest value that a function behind these values lets through: (0, 6) for a ReLU6.
 
     Returns:
@@ -180,12 +185,24 @@ def aciq_range_of(
     rectified = limits[0] == 0
     one_signed = not rectified and (histogram.minimum >= 0 or histogram.maximum <= 0)
     fit = fit_densities(histogram, mirrored=one_signed)
-    chosen = fit.better if density == "auto" else density
-    alpha = fit.scale(chosen) * optimal_ratio(bits, chosen, rectified or one_signed)
-    ends = [0.0, max(fit.mean, 0.0) + alpha] if rectified else [fit.mean - alpha, fit.mean + alpha]
-    least, most = np.clip([histogram.minimum, histogram.maximum], *limits)  # leaves one side of one-signed values
-    low, high = torch.tensor(np.clip(ends, min(least, 0.0), max(most, 0.0)), dtype=torch.float32)
-    return low, high
+    least, most = np.clip([histogram.minimum, histogram.maximum], *limits)
+    ranges = []
+    for name in (density,) if density != "auto" else get_args(Density):
+        alpha = fit.scale(name) * optimal_ratio(grid.bits, name, rectified or one_signed)
+        ends = (0.0, max(fit.mean, 0.0) + alpha) if rectified else (fit.mean - alpha, fit.mean + alpha)
+        ranges.append(np.clip(ends, min(least, 0.0), max(most, 0.0)))  # leaves one side of one-signed values
+    lows, highs = torch.tensor(np.transpose(ranges), dtype=torch.float32)
+    best = _least_error(histogram, grid, limits, lows, highs) if len(ranges) > 1 else 0
+    return lows[best], highs[best]
+
+
+def _least_error(histogram: Histogram, grid: Grid, limits: tuple[float, float], lows: Tensor, highs: Tensor) -> int:
+    """Which of the ranges (R,) rounds the limited values with the least squared error; the first on a tie."""
+    rows = rows_of(histogram)
+    rows = replace(rows, values=rows.values.clamp(*limits))
+    scale, zero_point = affine_from_range(lows, highs, grid, symmetric=False)
+    row = torch.zeros(len(lows), dtype=torch.int64)
+    return int(np.argmin(rows.errors(row, scale, zero_point, grid, p=2).numpy()))
 
 
 def _laplace_below(t: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

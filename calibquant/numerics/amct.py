@@ -20,8 +20,8 @@ from calibquant.numerics.grid import Granularity, Grid
 from calibquant.numerics.histogram import Histogram
 from calibquant.numerics.rows import as_matrix, as_range, rows_of
 
-IFMR_PERCENT = 99.9998  # 0.999999 at either end, AMCT's default
-IFMR_RATIOS = [i / 100 for i in range(70, 131)]  # its search_range and search_step
+# AMCT's defaults: the share of values kept at either end, search_range and search_step.
+IFMR_PERCENTILE, IFMR_RANGE, IFMR_STEP = 0.999999, (0.7, 1.3), 0.01
 HFMG_STEPS = 100_000  # a step drops at least this part of the values
 HFMG_NARROWEST = 4  # the search ends at this part of the bins
 _BLOCK = 1 << 16  # (position, border) pairs held at once, so that temporaries stay in cache
@@ -69,14 +69,15 @@ def ifmr_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Te
     Raises:
         QuantizationError: the histogram is empty.
     """
-    low, high = percentile_range_of(histogram, IFMR_PERCENT)
+    low, high = percentile_range_of(histogram, 100 * (2 * IFMR_PERCENTILE - 1))
     low, high = low.clamp(max=0), high.clamp(min=0)
-    ratios = torch.tensor(IFMR_RATIOS)
+    count = round((IFMR_RANGE[1] - IFMR_RANGE[0]) / IFMR_STEP) + 1
+    ratios = torch.from_numpy(np.linspace(*IFMR_RANGE, count)).float()
     highs = (torch.maximum(-low, high) if symmetric else high) * ratios
     highs = highs.clamp(max=torch.finfo(torch.float32).max)
     lows = -highs if symmetric else low.expand_as(highs)
     scale, zero_point = affine_from_range(lows, highs, grid, symmetric)
-    row = torch.zeros(len(ratios), dtype=torch.int64)
+    row = torch.zeros(count, dtype=torch.int64)
     best = int(np.argmin(rows_of(histogram).errors(row, scale, zero_point, grid, p=2).numpy()))
     return lows[best].clone(), highs[best].clone()
 

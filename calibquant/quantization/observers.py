@@ -96,7 +96,7 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan, limits: Limits = U
     if name == "hfmg":
         return HistogramObserver(partial(hfmg_range_of, grid=grid))
     if name in DENSITIES:
-        return HistogramObserver(partial(aciq_range_of, bits=grid.bits, density=DENSITIES[name], limits=limits))
+        return HistogramObserver(partial(aciq_range_of, grid=grid, density=DENSITIES[name], limits=limits))
     search = ifmr_range_of if name == "ifmr" else mse_range_of
     return HistogramObserver(partial(_search_as_used, search=search, grid=grid, symmetric=symmetric))
 

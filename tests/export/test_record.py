@@ -13,6 +13,7 @@ import torch
 from networks import NETWORKS, folded, quantized
 from torch import Tensor
 
+from calibquant.export.amct import amct_config
 from calibquant.export.record import record, record_text
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
@@ -155,3 +156,15 @@ def test_an_input_is_found_through_what_only_moves_values() -> None:
     rows = {row["layer"]: row for row in record(model_of("vgg_bn"))}
     assert rows["features.4"]["input"]["quantizer"] == "features_2"  # a maximum pool lies between
     assert rows["classifier.3"]["input"]["quantizer"] == "classifier_1"
+
+
+def test_amcts_words_for_observers() -> None:
+    model = model_of("lenet")
+    words = {"kl": "hfmg", "hfmg": "hfmg", "ifmr": "ifmr", "minmax": "ifmr", "aciq": "ifmr"}
+    for observer, word in words.items():
+        recipe = QuantRecipe(activations=ActivationRecipe(observer=observer))  # type: ignore[arg-type]
+        config = amct_config(model, recipe, batches=1, learned=False)
+        params = next(v for v in config.values() if isinstance(v, dict))["activation_quant_params"]
+        assert params["act_algo"] == word
+        assert params.get("search_range", [0.7, 1.3]) == [0.7, 1.3]
+        assert ("num_of_bins" in params) == (word == "hfmg")

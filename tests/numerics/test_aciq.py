@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from calibquant.numerics.aciq import (
     optimal_ratio,
     rounding_error,
 )  # fmt: skip
+from calibquant.numerics.grid import Grid
 from calibquant.numerics.histogram import Histogram
 
 DENSITIES: list[Density] = ["laplace", "gauss"]
@@ -155,7 +157,7 @@ def test_mirrored_fits_are_those_of_the_values_with_their_mirror_images(density:
 
 
 def test_no_values_are_a_one_line_error() -> None:
-    for call in (fit_densities, lambda h: aciq_range_of(h, 4)):
+    for call in (fit_densities, lambda h: aciq_range_of(h, Grid(4))):
         with pytest.raises(QuantizationError, match="histogram is empty; add"):
             call(Histogram.empty())
 
@@ -164,7 +166,7 @@ def test_no_values_are_a_one_line_error() -> None:
 
 
 def ends(x: np.ndarray, bits: int, *rest: object) -> tuple[float, float]:
-    low, high = aciq_range_of(histogram_of(x), bits, *rest)  # type: ignore[arg-type]
+    low, high = aciq_range_of(histogram_of(x), Grid(bits), *rest)  # type: ignore[arg-type]
     assert low.shape == high.shape == ()
     assert low.dtype == high.dtype == torch.float32
     return float(low), float(high)
@@ -177,6 +179,26 @@ def test_auto_takes_the_fitting_density(density: Density) -> None:
     for limits in ((-INF, INF), (0.0, INF)):
         assert ends(x, 4, "auto", limits) == ends(x, 4, density, limits) != ends(x, 4, other, limits)
     assert ends(np.abs(x), 4, "auto") == ends(np.abs(x), 4, density)
+
+
+@pytest.mark.parametrize("limits", [(-INF, INF), (0.0, INF), (0.0, 4.0)])
+def test_auto_has_the_smaller_error(limits: tuple[float, float]) -> None:
+    """Of values that are neither: a bulk of one density and some of a wide one."""
+    decided = 0
+    for bits, share in itertools.product((2, 3, 4, 8), (0.001, 0.03, 0.3)):
+        x = np.where(np.arange(100_000) < share * 1e5, samples("gauss", 100_000) * 4, samples("gauss", 100_000, seed=1))
+        shown, errors = x.clip(*limits), []
+        ranges = [ends(x, bits, density, limits) for density in DENSITIES]
+        for low, high in ranges:
+            step = (high - low) / (2**bits - 1)
+            zero = round(-low / step)
+            codes = (np.round(shown / step) + zero).clip(0, 2**bits - 1)
+            errors.append(((codes - zero) * step - shown) ** 2)
+        wins = int(np.mean(errors[1]) < np.mean(errors[0]))
+        if abs(np.mean(errors[1]) / np.mean(errors[0]) - 1) > 1e-2:  # beyond what the histogram's bins hide
+            assert ends(x, bits, "auto", limits) == ranges[wins]
+            decided += 1
+    assert decided >= 6
 
 
 def test_ranges_are_the_papers() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import optimize
+from scipy.special import erfc
 from torch import Tensor, nn
 
 from calibquant.graph import capture, fold_batch_norm
@@ -69,7 +70,6 @@ def before(net: Net) -> dict[str, np.ndarray]:
 
 def ratio(observer: str, bits: int) -> float:
     """The clipping value in units of the scale, by brute force on the formula."""
-    from scipy.special import erfc
 
     def error(a: float) -> float:
         if observer == "aciq-laplace":
