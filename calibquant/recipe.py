@@ -174,7 +174,7 @@ class QuantRecipe(Section):
         if own.granularity == "per_channel" and own.dynamic:
             raise _conflict("quant.activations.dynamic", "takes one range for a tensor", "set granularity=per_tensor")
         if own.allocation != "none" and own.observer in ("mse-batch", "mse-shrink"):
-            problem = f"needs ranges for several bits, but {own.observer} searches each batch for one"
+            problem = f"{own.observer} searches each batch for one number of bits"
             raise _conflict("quant.activations.allocation", problem, "use the observer mse")
         return self
 

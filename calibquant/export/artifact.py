@@ -270,7 +270,7 @@ def _read_channels(stored: dict[str, Tensor], name: str, shape: tuple[int, ...],
     grid = widest(bits, signed)
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     codes = unpack_channels(stored[f"{name}.codes"], moved, bits, signed).movedim(0, axis).contiguous().to(grid.dtype)
-    zero_point = torch.zeros_like(bits)  # of symmetric weights, whose grids are signed
+    zero_point = torch.zeros_like(bits) if signed else 2**bits // 2  # of symmetric weights, as for equal bits
     if not plan.symmetric:
         zero_point = unpack_channels(stored[f"{name}.zero_point"], tuple(scale.shape), bits, signed).to(torch.int32)
     return QTensor(codes, scale, zero_point, grid, plan.granularity, bits)

@@ -19,8 +19,8 @@ def banner(spread: Floats, bits: int) -> Bits:
     B_i = n * 2^M * s_i^(2/3) / sum_j s_j^(2/3), M_i = round(log2 B_i), limited to 0 … 8, which minimizes
     sum_i s_i^2 / B_i^2 at a given number of levels in all. Rounding and limits move the mean of M_i away from the goal,
     so the target M, at first the goal, is moved by half the difference, at most 10 times, until they are within 0.01.
-    Source: Banner, Nahshan and Soudry, "Post training 4-bit quantization of convolutional networks for
-    rapid-deployment", NeurIPS 2019, eq. 11; the moved target is its released code's.
+    Source: the per-channel bit allocation of Banner, Nahshan and Soudry, "Post training 4-bit quantization of
+    convolutional networks for rapid-deployment", NeurIPS 2019; the moved target is its released code's.
 
     Args:
         spread: s_i of each channel, finite and not negative, (n,).

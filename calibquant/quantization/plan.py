@@ -107,7 +107,8 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     shared among channels of weights of convolutions and products, and of such activations, with the role "main".
 
     Raises:
-        QuantizationError: there is nothing to quantize, or `bits` names what is not quantized.
+        QuantizationError: there is nothing to quantize, or `bits` names what is not quantized; or activations are asked
+            for per channel, and the graph is not a captured one, whose shapes are known.
     """
     weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
     if not weighted:
@@ -325,5 +326,9 @@ def _activation_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPla
 
 def _is_map(node: fx.Node) -> bool:
     """Whether a node of a captured graph makes (N, C, H, W) with more than one position."""
-    shape = node.meta["shape"]
+    shape = node.meta.get("shape")
+    if shape is None:
+        raise QuantizationError(
+            f"plan, {node.name}", "the shape of its value is not known", "capture the network first"
+        )
     return len(shape) == 4 and shape[2] * shape[3] > 1

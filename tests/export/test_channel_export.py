@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from calibquant.export.parity import check_parity
 from calibquant.export.program import make_program
 from calibquant.export.record import record, record_text
 from calibquant.graph import capture, fold_batch_norm
+from calibquant.numerics.grid import Grid
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.quantization.allocation import quantize_channels
 from calibquant.recipe import QuantRecipe
@@ -135,6 +137,24 @@ def test_what_is_loaded_is_what_was_saved(symmetric: bool, placement: str, tmp_p
         assert (q.channel_bits.dtype, q.channel_bits.tolist()) == (torch.int32, bits)
         assert q.grid == model.weight_quantizers[name].get().grid
     assert [r.note for r in loaded.coverage()] == [r.note for r in model.coverage()]
+
+
+def test_symmetric_weights_on_unsigned_grids_too(tmp_path: Path) -> None:
+    """A plan edited by hand may ask for them; their zero points are not stored."""
+    recipe = QuantRecipe.model_validate({"weights": {"allocation": "banner", "observer": "minmax"}})
+    made = make_plan(graph_of(), recipe)
+    weights = {name: replace(plan, grid=Grid(4), symmetric=True) for name, plan in made.weights.items()}
+    model = QuantModel(graph_of(), replace(made, weights=weights))
+    calibrate_weights(model, recipe)
+    model.weight_quantizers["2.weight"].set(
+        quantize_channels(
+            dict(model.teacher.named_buffers())["2.weight"], recipe.weights, weights["2.weight"], "integer",
+            np.array(BITS["2.weight"]),
+        )
+    )  # fmt: skip
+    calibrate_activations(model, recipe.activations, [images()])
+    assert model.weight_quantizers["2.weight"].get().zero_point.tolist() == [4, 0, 2, 8, 8, 4]
+    assert_same(model, load_artifact(saved(model, tmp_path)), images(4, seed=5))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

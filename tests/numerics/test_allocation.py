@@ -38,7 +38,7 @@ def test_banner_by_hand(spread: list[float], bits: int, expected: list[int]) -> 
 
 
 def from_the_paper(spread: list[float], goal: int) -> list[int]:
-    """Banner et al., NeurIPS 2019, eq. 11, channel by channel in Python, and the released code's moving target."""
+    """Banner et al., NeurIPS 2019, channel by channel in Python, and the released code's moving target."""
     quota = sum(s ** (2.0 / 3.0) for s in spread)
 
     def shared(target: float) -> list[int]:

@@ -203,7 +203,7 @@ def test_reconstruction_keeps_the_bits_of_channels(method: str) -> None:
         ({"activations": {"granularity": "per_channel", "dynamic": True}}, "dynamic: takes one range for a tensor"),
         (
             {"activations": {"granularity": "per_channel", "allocation": "banner", "observer": "mse-batch"}},
-            "mse-batch searches each batch for one; use the observer mse",
+            "mse-batch searches each batch for one number of bits; use the observer mse",
         ),
     ],
 )

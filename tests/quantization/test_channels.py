@@ -81,6 +81,13 @@ def test_only_maps_of_several_positions_have_scales_per_channel() -> None:
     }  # fmt: skip
 
 
+def test_a_graph_that_was_not_captured_has_no_shapes_to_plan_by(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    save_artifact(quantized(graph_of(), recipe_of(), images()), run)
+    with pytest.raises(QuantizationError, match="plan, x: the shape of its value is not known; capture"):
+        make_plan(load_artifact(run).teacher, recipe_of())
+
+
 # --- observers --------------------------------------------------------------------------------------------------------
 
 
