@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from calibquant.errors import QuantizationError
-from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, limits_of, op_of, weight_of
+from calibquant.graph.channels import limits_of
+from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization import QuantModel
