@@ -16,32 +16,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.graph.capture import TOLERANCE, relative_difference
+from calibquant.graph.channels import channel_axis
 from calibquant.graph.expectations import Normal, normal_of, set_normal
 from calibquant.graph.folding import with_biases
-from calibquant.graph.limits import limits_of
 from calibquant.graph.lowering import build
-from calibquant.graph.ops import Kind, activations_of, op_of, splits_channels, weight_of
+from calibquant.graph.ops import op_of, weight_of
+from calibquant.graph.pairs import Pair, find_pairs
 
 MARGIN = 1.25  # a limit counts as never reached if the largest value seen, times this, stays below it
 DEVIATIONS = 4.0  # and the BatchNorm's mean so many standard deviations up does too
 ABSORBED = 3.0  # standard deviations below the mean from where a bias is absorbed, as in the paper
 SETTLED, SWEEPS = 1e-4, 200  # the iteration ends when no factor differs from 1 by more, or after so many sweeps
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two layers of which the second alone reads the first, through functions that let a channel's scale pass.
-
-    Args:
-        producer, consumer: the layers' nodes.
-        limit: above which the function between them cuts values (6 for ReLU6); infinite without one.
-        rectified: the only function between them cuts values at 0 from below, and the consumer pads nothing.
-    """
-
-    producer: fx.Node
-    consumer: fx.Node
-    limit: float
-    rectified: bool
 
 
 @dataclass(frozen=True)
@@ -120,22 +105,6 @@ def equalize(
     return Equalization(graph if undone else edited, () if undone else reports, difference, undone)
 
 
-def find_pairs(graph: fx.GraphModule) -> list[Pair]:
-    """The pairs of a canonical graph, in execution order.
-
-    Layers are convolutions (not transposed), depthwise ones too, and linears whose weight and bias no other call uses.
-    Between them may stand, each read once only: positively homogeneous functions (ReLU, leaky ReLU, PReLU), pools,
-    resizing, padding with zeros, and `flatten`; and right behind the producer a limit from above, such as ReLU6's.
-    """
-    pairs = []
-    for node in graph.graph.nodes:
-        if _is_layer(node):
-            pair = _pair_from(node)
-            if pair is not None:
-                pairs.append(pair)
-    return pairs
-
-
 def channel_ranges(
     graph: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], mount: Callable[[nn.Module], nn.Module]
 ) -> dict[str, ChannelRange]:
@@ -163,7 +132,7 @@ def rescale(graph: fx.GraphModule, ranges: Mapping[str, ChannelRange]) -> tuple[
             limit follows are left alone.
     """
     edited = with_biases(graph)
-    tensors = {name: tensor.detach().double() for name, tensor in edited.named_buffers()}
+    tensors = {name: tensor.detach().double().cpu() for name, tensor in edited.named_buffers()}
     links = [_Link(pair, tensors, ranges.get(pair.producer.name)) for pair in find_pairs(edited)]
     for _ in range(SWEEPS):
         if max((link.step() for link in links), default=0.0) <= SETTLED:
@@ -171,7 +140,7 @@ def rescale(graph: fx.GraphModule, ranges: Mapping[str, ChannelRange]) -> tuple[
     reports = tuple(link.finish() for link in links)
     own = dict(edited.named_buffers())
     changed = {name for link in links for name in link.changed}
-    kept = {n: tensors[n].to(own[n].dtype) if n in changed else own[n] for n in own}
+    kept = {n: tensors[n].to(own[n].device, own[n].dtype) if n in changed else own[n] for n in own}
     return build(kept, edited.graph), reports
 
 
@@ -249,57 +218,6 @@ class _Link:
         return _by_input(self.tensors[self.second], self.pair.consumer, len(self.total)).abs().amax((1, 3)).flatten()
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
-
-
-def _is_layer(node: fx.Node) -> bool:
-    """A product of one activation with a weight, and perhaps a bias, of its own."""
-    op, weight = op_of(node), weight_of(node)
-    if op is None or weight is None or op.bias is None or op.weight_axis != 0 or len(weight.users) != 1:
-        return False
-    bias = node.args[op.bias]
-    own = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1)
-    return own and len(activations_of(node)) == 1
-
-
-def _pair_from(producer: fx.Node) -> Pair | None:
-    """Follow the only reader of each value to the next layer."""
-    node, last, limit = producer, op_of(producer).channel_axis == -1, math.inf  # type: ignore[union-attr]
-    between: list[fx.Node] = []
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        op = op_of(reader)
-        if op is None:
-            return None
-        if _is_layer(reader):
-            if last != (op.kind is Kind.MATMUL):
-                return None
-            return Pair(producer, reader, limit, _rectified(between) and not _pads(reader))
-        limits = limits_of(reader)
-        if not splits_channels(reader) or (last and op.kind is not Kind.ACTIVATION):
-            return None
-        if limits is not None and not op.homogeneous:
-            if node is not producer or limits[0] not in (0, -math.inf) or limits[1] <= 0:
-                return None
-            limit = limits[1]
-        elif not op.homogeneous:
-            return None
-        last = last or op.name == "flatten" or reader.kwargs.get("keepdim") is False
-        between.append(reader)
-        node = reader
-    return None
-
-
-def _rectified(between: list[fx.Node]) -> bool:
-    limits = [limits_of(node) for node in between]
-    return len(limits) == 1 and limits[0] is not None and limits[0][0] == 0
-
-
-def _pads(node: fx.Node) -> bool:
-    padding: Any = node.kwargs.get("padding", 0)
-    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
-
-
 def _names(node: fx.Node) -> tuple[str, str]:
     weight = weight_of(node)
     assert weight is not None
@@ -341,7 +259,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.names:
-            rows = value.movedim(op_of(n).channel_axis, 0).flatten(1)  # type: ignore[union-attr]
+            rows = value.movedim(channel_axis(n), 0).flatten(1)
             low, high = (end.double().cpu() for end in torch.aminmax(rows, dim=1))
             old = self.ranges.get(n.name, ChannelRange(low, high))
             self.ranges[n.name] = ChannelRange(low.minimum(old.low), high.maximum(old.high))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.graph import ops
+from calibquant.graph.channels import channel_axis, ends_in_channels, splits_channels
 from calibquant.graph.limits import limits_of
-from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, splits_channels, weight_of
+from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.numerics.moments import clipped_normal_mean, function_of_normal_mean
 
 _NORMAL = "normal"  # the key of a node's meta under which folding leaves a BatchNorm's statistics
@@ -111,7 +112,7 @@ def _expected(node: fx.Node, known: dict[str, Expected], tensors: dict[str, Tens
     op, normal = op_of(node), normal_of(node)
     assert op is not None
     if normal is not None:
-        return Expected(normal.mean.double().cpu(), normal.std.double().cpu(), op.channel_axis == -1)
+        return Expected(normal.mean.double().cpu(), normal.std.double().cpu(), channel_axis(node) == -1)
     if op.run is ops.batch_norm:
         return _unfolded(node, tensors)
     inputs = [known[n.name] for n in activations_of(node) if n.name in known]
@@ -129,8 +130,7 @@ def _expected(node: fx.Node, known: dict[str, Expected], tensors: dict[str, Tens
         return _function(node, inputs[0], tensors)
     if not op.keeps_mean or node.kwargs.get("divisor") is not None:
         return None
-    last = op.name == "flatten" or node.kwargs.get("keepdim") is False
-    return Expected(inputs[0].mean, None, last)
+    return Expected(inputs[0].mean, None, ends_in_channels(node))
 
 
 def _unfolded(node: fx.Node, tensors: dict[str, Tensor]) -> Expected:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +61,6 @@ class Op:
     accumulates: bool = False
     homogeneous: bool = False
     keeps_mean: bool = False
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of a product's output that holds its output channels."""
-        return 1 if self.kind is Kind.CONVOLUTION else -1
 
     @property
     def name(self) -> str:
@@ -403,21 +397,3 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 def activations_of(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values flow into a node, without its parameters."""
     return [source for source in node.all_input_nodes if source.op != "get_attr"]
-
-
-def splits_channels(node: fx.Node) -> bool:
-    """Whether an op of one tensor computes each channel (axis 1) of its output from the same channel of its input.
-
-    `flatten` from axis 1 counts: a channel's values stay together, one channel after the other.
-    """
-    op = op_of(node)
-    if op is None or op.kind not in (Kind.ACTIVATION, Kind.POOL, Kind.MOVE, Kind.RESAMPLE):
-        return False
-    attributes: dict[str, Any] = dict(node.kwargs)
-    if "dims" in attributes:
-        return op.kind is Kind.POOL and all(dim > 1 for dim in attributes["dims"])
-    if op.name == "flatten":
-        return bool(attributes["start"] == 1)
-    if "padding" in attributes and op.kind is Kind.MOVE:
-        return len(attributes["padding"]) <= 4  # height and width at most
-    return op.name not in ("reshape", "permute", "slice_", "pixel_shuffle", "pixel_unshuffle")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.errors import QuantizationError
+from calibquant.graph.channels import channel_axis
 from calibquant.graph.expectations import Expected, expected_product, expected_values, unknown_reason
 from calibquant.graph.ops import activations_of, op_of, weight_of
 from calibquant.numerics.affine import QTensor
@@ -153,7 +154,7 @@ def _shift_bias(
     spread = shifts[name].reshape(shape).expand(weight.shape).contiguous()
     total, positions = torch.zeros((), dtype=torch.float64), 0
     for value, count in sums[activations_of(node)[0].name].values():
-        rows = op.run(value.to(spread.device), spread, None, **node.kwargs).movedim(op.channel_axis, 0).flatten(1)
+        rows = op.run(value.to(spread.device), spread, None, **node.kwargs).movedim(channel_axis(node), 0).flatten(1)
         total, positions = total.to(rows.device) + rows.sum(1), positions + count * rows.shape[1]
     delta = total / positions
     model.bias_deltas[node.name].add(delta.to(weight.device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.features import Features, FeatureStore
-from calibquant.graph.ops import op_of
+from calibquant.graph.channels import channel_axis
 from calibquant.graph.subgraph import subgraph
 from calibquant.quantization import Correction, QuantModel
 from calibquant.reconstruction.network import BATCH, quantized_input
@@ -71,7 +71,7 @@ def _channel_means(side: Features, node: fx.Node) -> Tensor:
     """Means over images and positions of each output channel, float64 (C,)."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for (values,) in side.stream([node.name], [node.name]):
-        rows = values.movedim(op_of(node).channel_axis, 0).flatten(1)  # type: ignore[union-attr]
+        rows = values.movedim(channel_axis(node), 0).flatten(1)
         total, count = total + rows.double().sum(1).cpu(), count + rows.shape[1]
     return total / count
 

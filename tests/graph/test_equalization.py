@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from calibquant.graph import capture, equalize, fold_batch_norm
 from calibquant.graph import equalization as module
 from calibquant.graph.capture import TOLERANCE
-from calibquant.graph.equalization import find_pairs, rescale
+from calibquant.graph.equalization import rescale
 from calibquant.graph.ops import weight_of
+from calibquant.graph.pairs import find_pairs
 
 
 def names(graph: fx.GraphModule) -> list[tuple[str, str]]:

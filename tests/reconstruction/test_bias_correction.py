@@ -12,7 +12,6 @@ from networks import NETWORKS, folded, quantized, values_of
 from torch import Tensor, fx, nn
 
 from calibquant.graph import capture, equalize, fold_batch_norm, with_biases
-from calibquant.graph.ops import op_of
 from calibquant.quantization import QuantModel
 from calibquant.recipe import QuantRecipe
 from calibquant.reconstruction import correct_biases
@@ -46,7 +45,7 @@ def channel_errors(model: QuantModel, images: Tensor) -> dict[str, float]:
         products.run(images)
     want, found = values_of(model.teacher, images), {}
     for node in [n for n in model.teacher.graph.nodes if n.name in model.bias_deltas]:
-        axis = op_of(node).channel_axis  # type: ignore[union-attr]
+        axis = -1 if node.target.__name__ == "linear" else 1  # type: ignore[union-attr]
         means = [v.double().movedim(axis, 0).flatten(1).mean(1) for v in (want[node.name], products.seen[node.name])]
         found[node.name] = float((means[0] - means[1]).abs().max() / want[node.name].abs().max())
     return found
