@@ -90,6 +90,9 @@ class WeightRecipe(Section):
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     observer: Literal["minmax", "percentile", "mse", "mse-shrink"] = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    rounding: Literal["nearest", "gram"] = Field(
+        default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
+    )
 
 
 class ActivationRecipe(Section):
@@ -238,6 +241,7 @@ _BRECQ_CODE: dict[str, Any] = {
 # Presets of a method set what makes the method; those named *-reference follow its released code in everything.
 PRESETS: dict[str, dict[str, Any]] = {
     "nearest": {"reconstruct": {"method": "none"}},
+    "gram": {"quant": {"weights": {"rounding": "gram"}}, "reconstruct": {"method": "none"}},
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},

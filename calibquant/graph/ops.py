@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from calibquant.graph.products import CONVOLUTION, LINEAR, TRANSPOSED, Product
+
 
 class Kind(Enum):
     """What an op is to a quantizer."""
@@ -46,6 +48,7 @@ class Op:
         integer: an integer runtime computes it from integer inputs; the `integer` placement quantizes all it reads.
         limits: it only limits values from below or above, which on a grid is a limit of the codes.
         accumulates: an integer kernel sums its products and its bias in int32.
+        product: how it is a product of matrices.
     """
 
     run: Callable[..., Tensor]
@@ -57,6 +60,7 @@ class Op:
     integer: bool = False
     limits: bool = False
     accumulates: bool = False
+    product: Product | None = None
 
     @property
     def name(self) -> str:
@@ -314,10 +318,10 @@ def pixel_unshuffle(x: Tensor, *, factor: int) -> Tensor:
 
 
 _TABLE = [
-    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
-    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
-    Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True),
-    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True),
+    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION),
+    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION),
+    Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True, product=TRANSPOSED),
+    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True, product=LINEAR),
     Op(matmul, Kind.MATMUL, integer=True),
     Op(embedding, Kind.LOOKUP, weight=1),
     Op(add, Kind.ADD, integer=True),

@@ -26,7 +26,7 @@ from calibquant.pipeline.run_inputs import entering
 from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.reconstruction import feature_errors, reconstruct
+from calibquant.reconstruction import feature_errors, gram_layers, reconstruct, round_weights
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
 from calibquant.zoo import regularizer_of
 
@@ -114,7 +114,7 @@ def resume(
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
-    """Go on with a run that was interrupted while it reconstructed; it ends as if it had not been.
+    """Go on with a run that was interrupted in Gram rounding or reconstruction; it ends as if it had not been.
 
     Args:
         run: the folder that the run would have left.
@@ -138,15 +138,13 @@ def _run(
 ) -> Run:
     threads, device = set_threads(recipe.threads), resolve_device(recipe.device)
     clock = _Clock()
-    learning = recipe.reconstruct.method != "none"
-    total = 6 + learning + recipe.export.onnx
+    gram, learning = recipe.quant.weights.rounding == "gram", recipe.reconstruct.method != "none"
+    total = 6 + gram + learning + recipe.export.onnx
     with log_to(folder):
         begin(reporter, 1, total, "Open the network and the images")
         with clock.stage("prepare"):
             prepared = prepare(recipe, *live)
-            if learning and prepared.entries != 1:
-                problem = f"{recipe.reconstruct.method} needs a network or part with one input"
-                raise RecipeError("recipe, reconstruct.method", problem, "use none")
+            _check_entries(recipe, prepared)
             model = QuantModel(
                 prepared.teacher.to(device), make_plan(prepared.teacher, recipe.quant), recipe.quant.activations.dynamic
             )
@@ -166,19 +164,26 @@ def _run(
             progress = Progress([], nearest, dict(clock.seconds))
         else:
             clock.seconds |= progress.seconds
-            note(reporter, f"going on after {len(progress.reports)} reconstructed units")
+            layers = f"{len(progress.layers)} rounded layers and " if gram else ""
+            note(reporter, f"going on after {layers}{len(progress.reports)} reconstructed units")
             model.to(device)
         after = None
+        if gram and not progress.reports:
+            begin(reporter, 4, total, "Round weights by Gram matrices")
+            with clock.stage("gram", sum(report.seconds for report in progress.layers)):
+                progress = _round(folder, recipe, prepared, model, progress, device, reporter)
+                after = _errors(recipe, prepared, model, device)
+            progress = replace(progress, seconds=dict(clock.seconds))
         if learning:
-            begin(reporter, 4, total, f"Reconstruct by {recipe.reconstruct.method}")
+            begin(reporter, 4 + gram, total, f"Reconstruct by {recipe.reconstruct.method}")
             with clock.stage("reconstruct", sum(report.seconds for report in progress.reports)):
                 progress = _reconstruct(folder, recipe, prepared, model, progress, device, reporter)
                 after = _errors(recipe, prepared, model, device)
-        begin(reporter, 4 + learning, total, "Evaluate the float network")
+        begin(reporter, 4 + gram + learning, total, "Evaluate the float network")
         with clock.stage("evaluate_float"):
             images = prepared.images if prepared.evaluation is None else prepared.evaluation
             float_result = measure(recipe, prepared.mount(model.teacher), images, device, reporter)
-        begin(reporter, 5 + learning, total, f"Evaluate the {recipe.setting} network")
+        begin(reporter, 5 + gram + learning, total, f"Evaluate the {recipe.setting} network")
         with clock.stage("evaluate_quantized"):
             quantized = measure(recipe, prepared.mount(model), images, device, reporter, float_result)
         skipped = prepared.images.skipped | images.skipped
@@ -192,11 +197,51 @@ def _run(
             model.to(device)
         begin(reporter, total, total, "Write the run folder")
         metrics = run_metrics(
-            recipe, prepared, model, float_result, quantized, progress.reports, (progress.nearest, after), clock.seconds
-        )
+            recipe, prepared, model, float_result, quantized, progress.layers, progress.reports,
+            (progress.nearest, after), clock.seconds,
+        )  # fmt: skip
         write_run(folder, recipe, prepared, model, metrics, files, {"threads": threads, "device": str(device)})
         folder.remove("checkpoint*")
     return Run(final_path(folder.path), model, metrics, quantized)
+
+
+def _check_entries(recipe: Recipe, prepared: Prepared) -> None:
+    """What goes through the network layer by layer or unit by unit needs one input to begin at."""
+    stages = (
+        ("quant.weights.rounding", recipe.quant.weights.rounding, "nearest"),
+        ("reconstruct.method", recipe.reconstruct.method, "none"),
+    )
+    for field_name, chosen, mend in stages:
+        if chosen != mend and prepared.entries != 1:
+            problem = f"{chosen} needs a network or part with one input"
+            raise RecipeError(f"recipe, {field_name}", problem, f"use {mend}")
+
+
+def _round(
+    folder: RunFolder,
+    recipe: Recipe,
+    prepared: Prepared,
+    model: QuantModel,
+    before: Progress,
+    device: torch.device,
+    reporter: Reporter,
+) -> Progress:
+    """Gram-round the layers that have no report yet; a checkpoint after each."""
+    manifest, found = manifest_csv(prepared.manifest), before
+    done = len(before.layers)
+    if done < len(gram_layers(model)):
+        images = torch.cat(list(prepared.inputs(recipe.calibration.batch_size)))
+        for report in round_weights(
+            model, images, recipe.reconstruct, recipe.seed, device, reporter.progress, done, folder.path
+        ):
+            found = replace(found, layers=[*found.layers, report])
+            save_checkpoint(folder, model, manifest, found)
+            result = "kept" if report.kept else "rolled back"
+            log.info("layer %s: error %.5g -> %.5g, %s", report.layer, report.loss_before, report.loss_after, result)
+    _fit_biases(model, reporter)  # scales may have become smaller
+    rolled = sum(not report.kept for report in found.layers)
+    note(reporter, f"{len(found.layers)} layers, {rolled} rolled back")
+    return found
 
 
 def _reconstruct(
