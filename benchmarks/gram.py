@@ -2,8 +2,8 @@
 
     python benchmarks/gram.py --data DATA
 
-DATA holds weights/resnet20-12fca82f.th and cifar-10-batches-bin/. The first 1,024 training images, defaults of the recipe
-otherwise. All methods of a setting start from the same calibrated network, one after the other in one process, so
+DATA holds weights/resnet20-12fca82f.th and cifar-10-batches-bin/. The first 1,024 training images; otherwise the
+recipe's defaults. All methods of a setting start from the same calibrated network, one after the other in one process, so
 their times compare; processor time is what a busy machine changes least. What was done is kept in --runs.
 """
 
@@ -96,7 +96,9 @@ def rounding(data: Path, bits: int) -> list[dict[str, Any]]:
     return [
         bench.row("nearest", bench.nearest, None),
         bench.row("gram", bench.nearest, bench.gram),
-        bench.row("adaround, 2,000 iterations", bench.nearest, lambda: bench.learn("adaround", 2000, bench.recipe.seed)),
+        bench.row(
+            "adaround, 2,000 iterations", bench.nearest, lambda: bench.learn("adaround", 2000, bench.recipe.seed)
+        ),
     ]
 
 

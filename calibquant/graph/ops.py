@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from calibquant.graph.products import CONVOLUTION, LINEAR, TRANSPOSED, Product
+from calibquant.graph.products import CONVOLUTION, CONVOLUTION_1D, LINEAR, TRANSPOSED, Product
 
 
 class Kind(Enum):
@@ -318,7 +318,7 @@ def pixel_unshuffle(x: Tensor, *, factor: int) -> Tensor:
 
 
 _TABLE = [
-    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION),
+    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION_1D),
     Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION),
     Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True, product=TRANSPOSED),
     Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True, product=LINEAR),

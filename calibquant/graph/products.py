@@ -30,19 +30,27 @@ class Product:
     outputs: Callable[[Tensor, int], Tensor]
 
 
+def _conv1d_columns(
+    x: Tensor, weight: Sequence[int], positions: Tensor, *, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
+    """Of (N, C, L), as a picture of height 1."""
+    return _conv_columns(
+        x.unsqueeze(2), (*weight[:2], 1, weight[2]), positions,
+        stride=(1, stride), padding=(0, padding), dilation=(1, dilation), groups=groups,
+    )  # fmt: skip
+
+
 def _conv_columns(
     x: Tensor,
     weight: Sequence[int],
     positions: Tensor,
     *,
-    stride: Sequence[int] | int,
-    padding: Sequence[int] | int,
-    dilation: Sequence[int] | int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Of (N, C, L) or (N, C, H, W)."""
-    if isinstance(stride, int) or isinstance(padding, int) or isinstance(dilation, int):  # a picture of height 1
-        x, weight, stride, padding, dilation = x.unsqueeze(2), (*weight[:2], 1, weight[2]), *_flat(stride, padding, dilation)
+    """Of (N, C, H, W)."""
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     offsets = _grid(weight[2:], dilation, padded.shape[3])
     width = (padded.shape[3] - dilation[1] * (weight[3] - 1) - 1) // stride[1] + 1
@@ -73,11 +81,6 @@ def _transposed_columns(
     return _gathered(padded, offsets, starts, groups)
 
 
-def _flat(*attributes: Sequence[int] | int) -> list[Sequence[int]]:
-    """Attributes of one dimension as those of two: stride, padding and dilation of the height are 1, 0 and 1."""
-    return [(first, int(a)) for first, a in zip((1, 0, 1), attributes, strict=True)]  # type: ignore[call-overload]
-
-
 def _grid(kernel: Sequence[int], dilation: Sequence[int], width: int) -> Tensor:
     """Where a kernel's values lie behind its first one in a picture of a width, int64 (values,)."""
     down, right = torch.arange(kernel[0]) * dilation[0], torch.arange(kernel[1]) * dilation[1]
@@ -93,7 +96,13 @@ def _gathered(padded: Tensor, offsets: Tensor, starts: Tensor, groups: int) -> T
     """The values (N, C, H, W) under the kernel at each start: (G, C / G * kernel, N * P)."""
     index = (offsets[:, None] + starts).flatten().to(padded.device)
     values = padded.flatten(2).index_select(2, index)
-    return values.unflatten(2, (len(offsets), -1)).unflatten(1, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(3).flatten(1, 2)
+    return (
+        values.unflatten(2, (len(offsets), -1))
+        .unflatten(1, (groups, -1))
+        .permute(1, 2, 3, 0, 4)
+        .flatten(3)
+        .flatten(1, 2)
+    )
 
 
 def _conv_rows(weight: Tensor, groups: int) -> Tensor:
@@ -135,6 +144,7 @@ def _linear_outputs(y: Tensor, groups: int) -> Tensor:
     return y.reshape(len(y), 1, -1, y.shape[-1]).transpose(2, 3)
 
 
+CONVOLUTION_1D = Product(_conv1d_columns, _conv_rows, _conv_weight, _conv_outputs)
 CONVOLUTION = Product(_conv_columns, _conv_rows, _conv_weight, _conv_outputs)
 TRANSPOSED = Product(_transposed_columns, _transposed_rows, _transposed_weight, _conv_outputs)
 LINEAR = Product(_linear_columns, _linear_rows, _linear_weight, _linear_outputs)

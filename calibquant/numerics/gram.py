@@ -1,7 +1,7 @@
 """Rounding weights against the second moments of their inputs: error feedback, then coordinate descent.
 
-The squared error of a product's output, |X q - y|^2 for inputs X and wanted output y, is a quadratic form of the weights
-q: its matrix is the Gram matrix X^T X, and no image is needed once that is known. Sources: Frantar and Alistarh,
+The squared error of a product's output, |X q - y|^2 for inputs X and a wanted output y, is a quadratic function of the
+weights q with the Gram matrix X^T X, and no image is needed once that is known. Sources: Frantar and Alistarh,
 "Optimal Brain Compression", NeurIPS 2022 (OBQ); Frantar et al., "GPTQ", ICLR 2023; Zhang et al., "COMQ: A
 Backpropagation-Free Algorithm for Post-Training Quantization", 2024.
 

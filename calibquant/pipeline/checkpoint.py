@@ -36,8 +36,8 @@ class Progress:
 def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progress: Progress) -> None:
     """Store the quantizers and the reports so far.
 
-    The tensors go to a file of their own for each layer or unit and the small JSON file, which names it, is replaced last:
-    killed at any moment, the folder holds either the old or the new checkpoint.
+    The tensors go to a file of their own for each layer or unit, and the small JSON file that names it is replaced
+    last: killed at any moment, the folder holds either the old or the new checkpoint.
 
     Args:
         folder: the run's folder.

@@ -31,7 +31,7 @@ def run_metrics(
     errors: tuple[dict[str, float], dict[str, float] | None],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of metrics.json, but for the size of the file; `errors` are those of nearest rounding and at the end."""
+    """The content of metrics.json, but for the size of the file; `errors`: with nearest rounding, and at the end."""
     nearest, reconstructed = errors
     return {
         "setting": recipe.setting,

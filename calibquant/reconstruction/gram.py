@@ -96,10 +96,10 @@ def round_weights(
             for side in (quantized_side, float_side):
                 side.advance(nodes[0].name)
             weight = parameter_tensors(model.teacher)[name]
-            inputs = [_inputs(side, nodes) for side in (quantized_side, float_side)]
-            places = [_Place(node, weight, *values, device) for node, *values in zip(nodes, *inputs, strict=True)]
+            inputs = (_inputs(side, nodes) for side in (quantized_side, float_side))
+            places = [_Place(node, weight, x, y, device) for node, x, y in zip(nodes, *inputs, strict=True)]
             before, after, kept = _round(model, name, places, recipe.never_worse, unit_seed(seed, number))
-            del inputs, places  # before the next layer's features take their place
+            del places  # before the next layer's features take their place
             yield LayerReport(name, before, after, kept, time.perf_counter() - begin)
         if progress:
             progress(number + 1, len(layers), name)
@@ -142,7 +142,7 @@ class _Place:
 def _round(
     model: QuantModel, name: str, places: Sequence[_Place], never_worse: bool, seed: int
 ) -> tuple[float, float, bool]:
-    """Round one weight and keep what helps on the judging images: relative errors before and after, and whether kept."""
+    """Round a weight and keep what helps on the judging images; relative errors before and after, and whether kept."""
     images = torch.arange(len(places[0].quantized))
     held_out = never_worse and len(images) >= FEWEST
     generator = torch.Generator().manual_seed(seed)
