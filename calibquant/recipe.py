@@ -100,6 +100,9 @@ class WeightRecipe(Section):
     correction: Literal["none", "mean", "mean-variance"] = Field(
         default="none", description="put back what rounding shifts of each output channel's weights"
     )
+    rounding: Literal["nearest", "gram"] = Field(
+        default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
+    )
 
 
 class ActivationRecipe(Section):
@@ -318,6 +321,7 @@ _BRECQ_CODE: dict[str, Any] = {
 # Presets of a method set what makes the method; those named *-reference follow its released code in everything.
 PRESETS: dict[str, dict[str, Any]] = {
     "nearest": {"reconstruct": {"method": "none"}},
+    "gram": {"quant": {"weights": {"rounding": "gram"}}, "reconstruct": {"method": "none"}},
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from calibquant.graph.products import CONVOLUTION, CONVOLUTION_1D, LINEAR, TRANSPOSED, Product
+
 
 class Kind(Enum):
     """What an op is to a quantizer."""
@@ -48,6 +50,7 @@ class Op:
         accumulates: an integer kernel sums its products and its bias in int32.
         homogeneous: f(s * x) = s * f(x) for a positive s in each channel.
         keeps_mean: where it treats each channel apart, a channel's mean is unchanged but for what is padded.
+        product: how it is a product of matrices.
     """
 
     run: Callable[..., Tensor]
@@ -61,6 +64,7 @@ class Op:
     accumulates: bool = False
     homogeneous: bool = False
     keeps_mean: bool = False
+    product: Product | None = None
 
     @property
     def name(self) -> str:
@@ -318,10 +322,10 @@ def pixel_unshuffle(x: Tensor, *, factor: int) -> Tensor:
 
 
 _TABLE = [
-    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
-    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True),
-    Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True),
-    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True),
+    Op(conv1d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION_1D),
+    Op(conv2d, Kind.CONVOLUTION, weight=1, bias=2, integer=True, accumulates=True, product=CONVOLUTION),
+    Op(conv_transpose2d, Kind.CONVOLUTION, weight=1, bias=2, weight_axis=1, integer=True, product=TRANSPOSED),
+    Op(linear, Kind.MATMUL, weight=1, bias=2, integer=True, accumulates=True, product=LINEAR),
     Op(matmul, Kind.MATMUL, integer=True),
     Op(embedding, Kind.LOOKUP, weight=1),
     Op(add, Kind.ADD, integer=True),

@@ -1,8 +1,8 @@
-"""Checkpoints of a reconstruction: enough to go on after the last finished unit, and end with the same bytes."""
+"""Checkpoints of Gram rounding and reconstruction: enough to go on after the last layer or unit with the same bytes."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -12,38 +12,40 @@ from calibquant.errors import RunFolderError
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
-from calibquant.reconstruction import UnitReport
+from calibquant.reconstruction import LayerReport, UnitReport
 from calibquant.runfolder import CHECKPOINT, RunFolder, sha256
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a reconstruction has come.
+    """How far Gram rounding and reconstruction have come.
 
     Args:
         reports: of the units done, in order.
-        nearest: relative feature errors of the network before reconstruction; see `reconstruction.feature_errors`.
+        nearest: relative feature errors of the network before both; see `reconstruction.feature_errors`.
         seconds: of the stages before reconstruction.
+        layers: reports of the layers that Gram rounding has done, in order.
     """
 
     reports: list[UnitReport]
     nearest: dict[str, float]
     seconds: dict[str, float]
+    layers: list[LayerReport] = field(default_factory=list)
 
 
 def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progress: Progress) -> None:
     """Store the quantizers and the reports so far.
 
-    The tensors go to a file of their own for each unit and the small JSON file, which names it, is replaced last:
-    killed at any moment, the folder holds either the old or the new checkpoint.
+    The tensors go to a file of their own for each layer or unit, and the small JSON file that names it is replaced
+    last: killed at any moment, the folder holds either the old or the new checkpoint.
 
     Args:
         folder: the run's folder.
-        model: the network as reconstructed so far.
+        model: the network as it is by now.
         manifest: the text of manifest.csv; going on needs the same images.
         progress: how far it has come.
     """
-    done = len(progress.reports)
+    done = len(progress.layers) + len(progress.reports)
     name = f"checkpoint-{done:04d}.safetensors"
     data = save_safetensors(artifact_tensors(model), {"calibquant": "checkpoint"})
     folder.write(name, data)
@@ -52,6 +54,7 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progres
         "sha256": sha256(data),
         "network": network_hash(model),
         "images": sha256(manifest.encode()),
+        "layers": [asdict(report) for report in progress.layers],
         "units": [asdict(report) for report in progress.reports],
         "nearest": progress.nearest,
         "seconds": progress.seconds,
@@ -81,6 +84,7 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
             raise ValueError("its hash is wrong")
         restore(model, load_safetensors(data))
         reports = [UnitReport(**row) for row in stored["units"]]
-        return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]))
+        layers = [LayerReport(**row) for row in stored["layers"]]
+        return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]), layers)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None

@@ -31,12 +31,16 @@ def check_corrections(recipe: Recipe, prepared: Prepared) -> None:
     Raises:
         RecipeError: learned roundings would undo a correction of weights, or the network has several inputs.
     """
-    if recipe.quant.weights.correction != "none" and recipe.reconstruct.method != "none":
-        where, problem = (
-            "recipe, quant.weights.correction",
-            "corrects rounding to nearest, which reconstruction replaces",
-        )
-        raise RecipeError(where, problem, "use quant.weights.correction=none, or reconstruct.method=none")
+    if recipe.quant.weights.correction != "none":
+        others = (("reconstruction", recipe.reconstruct.method, "reconstruct.method=none"),
+                  ("gram", recipe.quant.weights.rounding, "quant.weights.rounding=nearest"))  # fmt: skip
+        for name, chosen, mend in others:
+            if chosen not in ("none", "nearest"):
+                where, problem = (
+                    "recipe, quant.weights.correction",
+                    f"corrects rounding to nearest, which {name} replaces",
+                )
+                raise RecipeError(where, problem, f"use quant.weights.correction=none, or {mend}")
     if recipe.quant.bias_correction == "empirical" and prepared.entries != 1:
         problem = "empirical needs a network or part with one input"
         raise RecipeError("recipe, quant.bias_correction", problem, "use analytic or none")

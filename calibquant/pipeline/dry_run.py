@@ -73,6 +73,8 @@ def dry_run(
     batch = max(recipe.calibration.batch_size, recipe.evaluation.batch_size)
     memory = 2 * size_of(model).float32 + batch * peak.bytes
     settings = recipe.reconstruct
+    if recipe.quant.weights.rounding == "gram":
+        seconds += 6 * per_image * len(prepared.images)  # features of both networks, moments and solutions, measured
     if settings.method != "none":
         # Measured share: a step of every unit costs about 5.5 float passes over its batch. A unit's inputs, its target
         # and the rows it learns on are kept for all images at once, in memory up to the limit.

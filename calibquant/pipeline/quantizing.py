@@ -12,19 +12,24 @@ from calibquant.data import ImageSet, manifest_csv
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import set_threads
 from calibquant.pipeline.checkpoint import load_checkpoint
+from calibquant.pipeline.correcting import corrects
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
 from calibquant.pipeline.stages import (
     Live,
     Steps,
     calibrate,
+    correct_all,
     evaluate_both,
     export,
     learn,
     learns,
     open_job,
+    round_again,
+    rounds,
+    settle,
     step_names,
-)
+)  # fmt: skip
 from calibquant.pipeline.writing import run_metrics, write_run
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
@@ -121,19 +126,27 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
         job = open_job(recipe, live, steps, folder)
         progress = load_checkpoint(folder, job.model, manifest_csv(job.prepared.manifest))
         if progress is None:
-            progress = calibrate(job, folder)
+            progress = calibrate(job)
         else:
             steps.seconds.update(progress.seconds)
-            note(reporter, f"going on after {len(progress.reports)} reconstructed units")
+            layers = f"{len(progress.layers)} rounded layers and " if rounds(recipe) else ""
+            note(reporter, f"going on after {layers}{len(progress.reports)} reconstructed units")
             job.model.to(job.device)
-        after = None
+        if rounds(recipe) and not progress.reports:
+            progress = round_again(job, folder, progress)
         if learns(recipe):
-            progress, after = learn(job, folder, progress)
+            progress = learn(job, folder, progress)
+        if corrects(recipe):
+            correct_all(job, folder)
+        after = None
+        if rounds(recipe) or learns(recipe) or corrects(recipe):
+            with steps.time("accumulation_after"):
+                after = settle(job)
         float_result, quantized = evaluate_both(job)
         files = export(job) if recipe.export.onnx else {}
         with steps.begin("write", "Write the run folder"):
             metrics = run_metrics(
-                recipe, job.prepared, job.model, float_result, quantized, progress.reports,
+                recipe, job.prepared, job.model, float_result, quantized, progress.layers, progress.reports,
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
             metrics |= job.facts

@@ -26,12 +26,19 @@ from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
 from calibquant.pipeline.run_inputs import entering
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
 from calibquant.recipe import Recipe
-from calibquant.reconstruction import feature_errors, reconstruct
+from calibquant.reconstruction import (
+    LayerReport,
+    UnitReport,
+    feature_errors,
+    gram_layers,
+    reconstruct,
+    round_weights,
+)  # fmt: skip
 from calibquant.runfolder import RunFolder
 
 MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
 STEPS = (
-    "prepare", "equalize", "mixed", "weights", "activations", "reconstruct", "correct", "evaluate_float",
+    "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_float",
     "evaluate_quantized", "export", "write",
 )  # fmt: skip
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
@@ -72,11 +79,17 @@ def step_names(recipe: Recipe) -> tuple[str, ...]:
     asked = {
         "equalize": recipe.quant.equalize,
         "mixed": recipe.quant.mixed is not None,
+        "gram": rounds(recipe),
         "reconstruct": learns(recipe),
         "correct": corrects(recipe),
         "export": recipe.export.onnx,
     }
     return tuple(name for name in STEPS if asked.get(name, True))
+
+
+def rounds(recipe: Recipe) -> bool:
+    """Whether the recipe asks for Gram rounding."""
+    return recipe.quant.weights.rounding == "gram"
 
 
 def learns(recipe: Recipe) -> bool:
@@ -129,9 +142,7 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
     device = resolve_device(recipe.device)
     with steps.begin("prepare", "Open the network and the images"):
         prepared = prepare(recipe, *live)
-        if learns(recipe) and prepared.entries != 1:
-            problem = f"{recipe.reconstruct.method} needs a network or part with one input"
-            raise RecipeError("recipe, reconstruct.method", problem, "use none")
+        _check_entries(recipe, prepared)
         check_corrections(recipe, prepared)
     quant = recipe.quant
     facts: dict[str, Any] = {"equalization": None, "mixed": None, "corrections": {}}
@@ -148,6 +159,18 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
     return Job(recipe, prepared, model, device, steps, facts)
 
 
+def _check_entries(recipe: Recipe, prepared: Prepared) -> None:
+    """What goes through the network layer by layer or unit by unit needs one input to begin at."""
+    stages = (
+        ("quant.weights.rounding", recipe.quant.weights.rounding, "nearest"),
+        ("reconstruct.method", recipe.reconstruct.method, "none"),
+    )
+    for where, chosen, mend in stages:
+        if chosen != mend and prepared.entries != 1:
+            problem = f"{chosen} needs a network or part with one input"
+            raise RecipeError(f"recipe, {where}", problem, f"use {mend}")
+
+
 def _mixture(
     folder: RunFolder | None, recipe: Recipe, prepared: Prepared, device: torch.device, reporter: Reporter
 ) -> Mixture:
@@ -160,8 +183,8 @@ def _mixture(
     return mixture
 
 
-def calibrate(job: Job, folder: RunFolder | None = None) -> Progress:
-    """Round weights, find activation ranges, correct what is not learned yet, and measure how the error grows."""
+def calibrate(job: Job) -> Progress:
+    """Round weights to nearest, find activation ranges, and measure how the error grows."""
     recipe, model, steps = job.recipe, job.model, job.steps
     width = "their" if recipe.quant.mixed else recipe.quant.weights.bits
     with steps.begin("weights", f"Round weights to {width} bits"):
@@ -169,26 +192,39 @@ def calibrate(job: Job, folder: RunFolder | None = None) -> Progress:
     with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
         _observe(job, steps.reporter)
     model.to(job.device)  # ranges are found on the CPU
-    if corrects(recipe) and not learns(recipe):
-        _correct(job, folder)
-    _fit_biases(job)
     with steps.time("accumulation"):
-        errors = _errors(job)
+        errors = settle(job)
     return Progress([], errors, dict(steps.seconds))
 
 
-def learn(job: Job, folder: RunFolder, before: Progress) -> tuple[Progress, dict[str, float]]:
-    """Reconstruct the units that have no report yet, with a checkpoint after each, and correct what remains.
+def round_again(job: Job, folder: RunFolder, before: Progress) -> Progress:
+    """Gram-round the layers that have no report yet, with a checkpoint after each."""
+    model, found, manifest = job.model, before, manifest_csv(job.prepared.manifest)
+    done = len(before.layers)
+    with job.steps.begin("gram", "Round weights by Gram matrices", sum(report.seconds for report in before.layers)):
+        if done < len(gram_layers(model)):
+            settings = job.recipe.reconstruct
+            layers = round_weights(
+                model, _entering(job), settings, job.recipe.seed, job.device, job.reporter.progress, done, folder.path
+            )
+            for report in layers:
+                found = replace(found, layers=[*found.layers, report])
+                save_checkpoint(folder, model, manifest, found)
+                _log("layer", report.layer, "error", report)
+        _fit_biases(job)  # scales may have become smaller
+    rolled = sum(not report.kept for report in found.layers)
+    note(job.reporter, f"{len(found.layers)} layers, {rolled} rolled back")
+    return replace(found, seconds=dict(job.steps.seconds))
 
-    Returns:
-        all reports, and how the error grows afterwards.
-    """
+
+def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
+    """Reconstruct the units that have no report yet, with a checkpoint after each."""
     recipe, model, found, manifest = job.recipe, job.model, before, manifest_csv(job.prepared.manifest)
     spent = sum(report.seconds for report in before.reports)
     with job.steps.begin("reconstruct", f"Reconstruct by {recipe.reconstruct.method}", spent):
         learned = reconstruct(
             model,
-            torch.cat(list(job.prepared.inputs(recipe.calibration.batch_size))),
+            _entering(job),
             recipe.reconstruct,
             recipe.seed,
             job.device,
@@ -200,26 +236,31 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> tuple[Progress, dict
         for report in learned:
             found = replace(found, reports=[*found.reports, report])
             save_checkpoint(folder, model, manifest, found)
-            result = "kept" if report.kept else "rolled back"
-            log.info(
-                "unit %s, %s: loss %.5g -> %.5g, %s",
-                report.unit, report.phase, report.loss_before, report.loss_after, result,
-            )  # fmt: skip
+            _log("unit", f"{report.unit}, {report.phase}", "loss", report)
     rolled = sum(not report.kept for report in found.reports)
     note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
-    if corrects(recipe):
-        _correct(job, folder)
-    _fit_biases(job)  # learned scales may have become smaller
-    with job.steps.time("accumulation_after"):
-        return found, _errors(job)
+    return found
 
 
-def _correct(job: Job, folder: RunFolder | None) -> None:
-    """Correct weights and biases; after reconstruction, so that it sees the final roundings."""
+def correct_all(job: Job, folder: RunFolder | None = None) -> None:
+    """Correct weights and biases; last, so that it sees the final roundings."""
     with job.steps.begin("correct", "Correct weights and biases"):
         path = None if folder is None else folder.path
-        found = correct(job.recipe, job.prepared, job.model, job.device, path, job.reporter)
-    job.facts["corrections"] = found
+        job.facts["corrections"] = correct(job.recipe, job.prepared, job.model, job.device, path, job.reporter)
+
+
+def settle(job: Job) -> dict[str, float]:
+    """Make room for biases in int32, which smaller scales may have taken, and measure how the error grows.
+
+    Returns:
+        the relative feature error after each block, on the first calibration images; none for a part with several
+        inputs.
+    """
+    _fit_biases(job)
+    if job.prepared.entries != 1:
+        return {}
+    images = job.prepared.inputs(job.recipe.calibration.batch_size, ERROR_IMAGES)
+    return feature_errors(job.model, images, job.device)
 
 
 def evaluate_both(job: Job) -> tuple[Evaluation, Evaluation]:
@@ -266,11 +307,14 @@ def _observe(job: Job, reporter: Reporter, quantized_weights: bool = False) -> N
     )
 
 
-def _errors(job: Job) -> dict[str, float]:
-    """Relative feature error after each block, on the first calibration images; none for a part with several inputs."""
-    if job.prepared.entries != 1:
-        return {}
-    return feature_errors(job.model, job.prepared.inputs(job.recipe.calibration.batch_size, ERROR_IMAGES), job.device)
+def _entering(job: Job) -> Tensor:
+    """What enters the network on all calibration images."""
+    return torch.cat(list(job.prepared.inputs(job.recipe.calibration.batch_size)))
+
+
+def _log(what: str, name: str, measure: str, report: LayerReport | UnitReport) -> None:
+    result = "kept" if report.kept else "rolled back"
+    log.info("%s %s: %s %.5g -> %.5g, %s", what, name, measure, report.loss_before, report.loss_after, result)
 
 
 def _range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:

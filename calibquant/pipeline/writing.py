@@ -16,7 +16,7 @@ from calibquant.pipeline.preparing import Prepared
 from calibquant.quantization import QuantModel
 from calibquant.quantization.model import parameter_tensors
 from calibquant.recipe import Recipe
-from calibquant.reconstruction import UnitReport
+from calibquant.reconstruction import LayerReport, UnitReport
 from calibquant.runfolder import RunFolder, sha256
 
 
@@ -26,16 +26,18 @@ def run_metrics(
     model: QuantModel,
     float_result: Evaluation,
     quantized: Evaluation,
+    layers: list[LayerReport],
     reports: list[UnitReport],
     errors: tuple[dict[str, float], dict[str, float] | None],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of metrics.json, but for the size of the file; `errors` are those before and after reconstruction."""
+    """The content of metrics.json, but for the size of the file; `errors`: with nearest rounding, and at the end."""
     nearest, reconstructed = errors
     return {
         "setting": recipe.setting,
         "placement": recipe.quant.placement,
         "boundary": recipe.quant.boundary,
+        "rounding": recipe.quant.weights.rounding,
         "reconstruction": recipe.reconstruct.method,
         "calibration_images": len(prepared.manifest.rows),
         "evaluated_on": "calibration images" if prepared.evaluation is None else "evaluation images",
@@ -43,6 +45,7 @@ def run_metrics(
         "quantized": quantized.scores.to_dict(),
         "size": asdict(size_of(model)),
         "coverage": [asdict(row) for row in model.coverage()],
+        "layers": [asdict(report) for report in layers],
         "units": [asdict(report) for report in reports],
         "feature_errors": [
             {"after": node, "nearest": error, "reconstructed": reconstructed and reconstructed[node]}

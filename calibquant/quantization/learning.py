@@ -11,6 +11,7 @@ from calibquant.numerics.affine import QTensor, aligned, code_limits
 from calibquant.numerics.grid import Grid
 
 ZETA, GAMMA = 1.1, -0.1  # how far the hard sigmoid is stretched, so that it reaches 0 and 1
+BEGIN = 0.02, 0.98  # where a rounding begins that is not to the nearest code: never at 0.5, where it would be undecided
 
 
 class SoftRounding(nn.Module):
@@ -20,6 +21,10 @@ class SoftRounding(nn.Module):
     h = clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1). At first h is the fractional part of w / scale, so that
     the value is the float weight (clipped). Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training
     Quantization", ICML 2020, eq. 23 to 25; the asymmetric form as in BRECQ and QDrop.
+
+    A weight whose code is not the nearest one begins halfway between itself, or the next value that its two roundings
+    can reach, and that code; so it is rounded to the code unless learning says otherwise. The two roundings
+    are then the code and its neighbour on the weight's side.
 
     Args:
         weight: float32, any shape.
@@ -39,8 +44,14 @@ class SoftRounding(nn.Module):
         self.register_buffer("scale", aligned(start.scale, weight, start.granularity))
         self.register_buffer("zero_point", aligned(start.zero_point, weight, start.granularity))
         scaled = weight.detach() / self.scale
-        self.register_buffer("base", torch.floor(scaled))
-        fraction = scaled - self.base
+        base = torch.floor(scaled)
+        fraction = scaled - base
+        chosen = start.codes.to(base.dtype) - self.zero_point
+        nearest = torch.clamp(torch.round(scaled) + self.zero_point, *self.limits) == start.codes
+        shifted = torch.where(scaled < chosen, chosen - 1, chosen)
+        halfway = ((scaled - shifted).clamp(*BEGIN) + (chosen - shifted)) / 2
+        self.register_buffer("base", torch.where(nearest, base, shifted))
+        fraction = torch.where(nearest, fraction, halfway)
         self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
 
     def soft(self) -> Tensor:
