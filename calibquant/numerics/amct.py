@@ -92,8 +92,8 @@ def hfmg_range_of(histogram: Histogram, grid: Grid) -> tuple[Tensor, Tensor]:
     HistogramObserver, which stops where the error first rises.
 
     AMCT's 4,096 bins span the extremes seen so far, and older counts are spread over new bins when these change. Here
-    the bins are our histogram's, which merge exactly: 2,049 to 8,192 of them, so ends lie on other borders, and the
-    outermost are cut to the extremes. AMCT does not try the full range.
+    the bins are our histogram's, which merge exactly: at most 8,192, and 2,049 or more for values that reach zero. So
+    ends lie on other borders, and the outermost are cut to the extremes. AMCT does not try the full range.
 
     Returns:
         low and high, float32 ().

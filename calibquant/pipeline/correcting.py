@@ -36,11 +36,8 @@ def check_corrections(recipe: Recipe, prepared: Prepared) -> None:
                   ("gram", recipe.quant.weights.rounding, "quant.weights.rounding=nearest"))  # fmt: skip
         for name, chosen, mend in others:
             if chosen not in ("none", "nearest"):
-                where, problem = (
-                    "recipe, quant.weights.correction",
-                    f"corrects rounding to nearest, which {name} replaces",
-                )
-                raise RecipeError(where, problem, f"use quant.weights.correction=none, or {mend}")
+                problem = f"corrects rounding to nearest, which {name} replaces"
+                raise RecipeError("recipe, quant.weights.correction", problem, f"use none there, or {mend}")
     if recipe.quant.bias_correction == "empirical" and prepared.entries != 1:
         problem = "empirical needs a network or part with one input"
         raise RecipeError("recipe, quant.bias_correction", problem, "use analytic or none")
