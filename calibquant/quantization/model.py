@@ -79,7 +79,10 @@ class QuantModel(nn.Module):
             self.weight_quantizers = {name: shared.weight_quantizers[name] for name in plan.weights}
             self.activation_quantizers = {name: shared.activation_quantizers[name] for name in plan.activations}
             self.bias_sources = shared.bias_sources
-            self.bias_deltas = {n.name: d for n in teacher.graph.nodes if (d := shared.bias_deltas.get(n.name))}
+            calls = [
+                n.name for n in teacher.graph.nodes if n.op == "call_function"
+            ]  # an input may have a product's name
+            self.bias_deltas = {name: shared.bias_deltas[name] for name in calls if name in shared.bias_deltas}
         self.simulation = self._build()
         self.eval()
 

@@ -186,6 +186,10 @@ def test_a_part_of_a_network_is_corrected_as_the_whole() -> None:
     entry = next(n.name for n in part.teacher.graph.nodes if n.op == "placeholder")
     with torch.no_grad():
         assert torch.equal(part(whole[entry]), model(x))
+    first = next(iter(model.bias_deltas))
+    behind = model.part(nodes[nodes.index(first) + 1 :], [nodes[-1]])
+    assert first in [n.name for n in behind.teacher.graph.nodes], "its input has the name of a product"
+    assert set(behind.simulated_biases()) == set(model.bias_deltas) - {first}
 
 
 def test_the_plan_needs_a_quantized_weight() -> None:
