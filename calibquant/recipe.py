@@ -7,11 +7,12 @@ A recipe may begin with `preset: NAME`; the file's own fields and then the overr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from calibquant.errors import RecipeError, nearest
@@ -131,8 +132,10 @@ class MixedRecipe(Section):
     )
     choices: Annotated[tuple[Bits, ...], Field(min_length=2)] = (2, 3, 4, 8)
     tensors: Literal["weights", "both"] = Field(default="weights", description="both: activations too; needs bops")
-    sensitivity: Literal["interactions", "loss", "agreement", "fisher"] = Field(
-        default="interactions", description="how a choice's harm is estimated from single tensors"
+    sensitivity: Literal["logits", "interactions", "gradient", "loss", "fisher", "agreement"] = Field(
+        default="logits",
+        description="harm of quantizing single tensors: change of the logits, also with interactions; KL; another "
+        "class; gradient and fisher estimate the first and the KL from one backward pass",
     )
     images: int = Field(default=64, ge=1, description="calibration images on which it is")
 
@@ -142,8 +145,8 @@ class MixedRecipe(Section):
             raise ValueError("give limit or max_drop, one of the two")
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("name each of the choices once")
-        if self.tensors == "both" and (self.budget != "bops" or self.sensitivity == "fisher"):
-            raise ValueError("tensors: both needs budget: bops and no sensitivity: fisher")
+        if self.tensors == "both" and (self.budget != "bops" or self.sensitivity in ("gradient", "fisher")):
+            raise ValueError("tensors: both needs budget: bops, and a sensitivity other than gradient and fisher")
         return self
 
 
@@ -165,6 +168,12 @@ class QuantRecipe(Section):
         "calibration images",
     )
 
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """Nested keys are joined: an override `quant.bits.layer1.0.weight=8` names the tensor layer1.0.weight."""
+        return dict(_joined(value)) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _allocatable(self) -> QuantRecipe:
         for name, part in (("weights", self.weights), ("activations", self.activations)):
@@ -185,6 +194,14 @@ class QuantRecipe(Section):
 def _conflict(field: str, problem: str, mend: str) -> PydanticCustomError:
     """What is wrong with two fields together; becomes a RecipeError at `field`."""
     return PydanticCustomError("conflict", "{problem}; {mend}", {"field": field, "problem": problem, "mend": mend})
+
+
+def _joined(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _joined(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 class ReconstructRecipe(Section):

@@ -85,7 +85,7 @@ def dry_run(
     mixed, free = recipe.quant.mixed, 0
     if mixed is not None:
         free = len(free_tensors(model.plan, mixed.tensors == "both"))
-        passes = 3 if mixed.sensitivity == "fisher" else free * len(mixed.choices)
+        passes = 3 if mixed.sensitivity in ("gradient", "fisher") else free * len(mixed.choices)
         seconds += per_image * mixed.images * passes
     return DryRun(model, len(prepared.images), seconds, memory, free)
 

@@ -22,10 +22,10 @@ from calibquant.quantization.mixed import Budget, budget_of, choose_bits, combin
 from calibquant.quantization.sensitivity import (
     Models,
     choice_models,
-    divergence,
-    fisher,
     free_tensors,
+    harm_of,
     one_at_a_time,
+    second_order,
 )
 from calibquant.recipe import MixedRecipe, Recipe
 
@@ -93,7 +93,7 @@ def mix(recipe: Recipe, prepared: Prepared, device: torch.device, reporter: Repo
     choice = trade.choose(limit)
     report = {
         "budget": settings.budget, "limit": limit, "used": trade.budget.of(choice), "sensitivity": settings.sensitivity,
-        "images": settings.images, "bits": trade.bits(choice), "loss": _losses(recipe, prepared, trade, choice, device),
+        "images": settings.images, "bits": trade.bits(choice), "harm": _harm(recipe, prepared, trade, choice, device),
         "costs": {
             name: dict(zip(map(str, settings.choices), row, strict=True))
             for name, row in zip(trade.names, trade.costs.tolist(), strict=True)
@@ -121,37 +121,38 @@ def measure_trade(recipe: Recipe, prepared: Prepared, device: torch.device, repo
     teacher.to(device)
     images = _images(recipe, prepared, slice(0, settings.images), device)
     count = min(settings.images, len(prepared.images))
-    interactions = None
-    if settings.sensitivity == "fisher":
-        costs = fisher(models, names, images, _mount(prepared, device), recipe.seed)
+    interactions, mount = None, _mount(prepared, device)
+    if settings.sensitivity in ("gradient", "fisher"):
+        costs = second_order(models, names, images, mount, recipe.seed, settings.sensitivity == "fisher")
     else:
-        measured = one_at_a_time(models, names, images, _mount(prepared, device), partial(_tell, reporter, count))
-        costs = measured.disagreement if settings.sensitivity == "agreement" else measured.loss
-        interactions = measured.interactions() if settings.sensitivity == "interactions" else None
+        measured = one_at_a_time(models, names, images, mount, partial(_tell, reporter, count))
+        costs = {"loss": measured.loss, "agreement": measured.disagreement}.get(settings.sensitivity, measured.logits)
+        interactions = measured.interactions if settings.sensitivity == "interactions" else None
     return Trade(settings, models, names, budget_of(settings.budget, models, names, counts), costs, interactions)
 
 
-def _losses(
+def _harm(
     recipe: Recipe, prepared: Prepared, trade: Trade, choice: list[int], device: torch.device
 ) -> dict[str, float | None]:
-    """KL of the chosen tensors together, all else float, on the images of the sensitivity: as estimated and measured.
+    """The chosen tensors together, all else float, on the images of the sensitivity: as estimated, and as measured.
 
-    Errors of single tensors do not add exactly: what stands between `sum` and `measured` is told and not hidden.
+    Harms of single tensors do not add exactly: how far `estimated` is from the measured one is told, not hidden.
     """
     model = combined(trade.models, next(iter(trade.models.values())), trade.bits(choice))
-    network, total, images = _mount(prepared, device)(model), 0.0, 0
-    reference = _mount(prepared, device)(model.teacher)
     for quantizer in model.quantizers:
         quantizer.enabled = quantizer.name in trade.names
+    network, reference = _mount(prepared, device)(model), _mount(prepared, device)(model.teacher)
+    sums, images = torch.zeros(3, dtype=torch.float64), 0
     with torch.inference_mode():
         for batch in _images(recipe, prepared, slice(0, trade.settings.images), device):
-            total, images = total + float(divergence(reference(batch), network(batch)).sum()), images + len(batch)
-    joint = trade.interactions
+            sums += torch.stack([harm.sum().cpu() for harm in harm_of(reference(batch), network(batch))])
+            images += len(batch)
+    joint, (logits, loss, changed) = trade.interactions, (sums / images).tolist()
     return {
-        "sum": float(sum(row[c] for row, c in zip(trade.costs, choice, strict=True))),
+        "estimated": float(sum(row[c] for row, c in zip(trade.costs, choice, strict=True))),
         "with_interactions": None if joint is None else quadratic_cost(joint, choice, trade.costs.shape[1]),
-        "measured": total / images,
-    }
+        "logits": logits, "loss": loss, "agreement": 1 - changed,
+    }  # fmt: skip
 
 
 def _smallest(

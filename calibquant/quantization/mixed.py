@@ -39,8 +39,8 @@ def budget_of(kind: str, models: Models, names: Sequence[str], macs: Mapping[str
     """What every choice for the named tensors takes.
 
     average_bits: bits of the named weights, an average over their values. weight_bytes: packed codes of all weights,
-    the others' too. bops: for an image, the sum over all products with a weight of MACs * bits of the weight * bits of the
-    activation it meets (van Baalen et al., "Bayesian Bits", NeurIPS 2020).
+    the others' too. bops: for an image, the sum over all products with a weight of MACs * bits of the weight * bits of
+    the activation it meets (van Baalen et al., "Bayesian Bits", NeurIPS 2020).
 
     Args:
         kind: one of the three.

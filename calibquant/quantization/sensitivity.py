@@ -24,37 +24,27 @@ Models = Mapping[int, QuantModel]  # bits -> the network in which every tensor i
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """The harm of quantizing one tensor alone, all others float.
+    """The harm of quantizing one tensor alone, all others float; means over the images.
 
     Args:
         names: the T tensors.
         choices: the C bit widths.
-        loss: float64 (T, C), KL(float network's classes || classes with the tensor quantized), nats, mean over images.
+        logits: float64 (T, C), mean square over the classes of the change of the centered logits.
+        loss: float64 (T, C), KL(float network's classes || classes with the tensor quantized), in nats.
         disagreement: float64 (T, C), share of images whose predicted class changes.
-        products: float64 (T * C, T * C): mean over the images of d' (diag(p) - p p') e, d and e the changes of the
-            logits by two tensors and p the float network's classes; see `interactions`.
+        interactions: float64 (T * C, T * C), mean over the classes of d * e, d and e the changes of the centered logits
+            by two tensors. Where changes add, x' interactions x is `logits` of several tensors at once, x their 0-1
+            choices; its diagonal is `logits`.
         images: how many.
     """
 
     names: tuple[str, ...]
     choices: tuple[int, ...]
+    logits: Array
     loss: Array
     disagreement: Array
-    products: Array
+    interactions: Array
     images: int
-
-    def interactions(self) -> Array:
-        """The matrix Q with x' Q x the estimated KL of several tensors at once, x their 0-1 choices (T * C).
-
-        The changes of the logits are taken to add. Then to second order KL = 1/2 (sum d)' (diag(p) - p p') (sum d), so
-        that Q = products / 2. Each row and column is scaled so that the diagonal is the KL that was measured: at few
-        bits it is smaller than its second order.
-        """
-        half = self.products / 2
-        diagonal = half.diagonal()
-        measured = self.loss.ravel().clip(min=0)
-        factor = (measured / diagonal.clip(min=1e-300)) ** 0.5 * (diagonal > 0)
-        return half * factor[:, None] * factor[None, :]
 
 
 def free_tensors(plan: QuantPlan, activations: bool = False) -> tuple[str, ...]:
@@ -103,45 +93,41 @@ def one_at_a_time(
     pairs = [(name, bits) for name in names for bits in models]
     teacher = mount(next(iter(models.values())).teacher)
     networks = {bits: mount(model) for bits, model in models.items()}
-    loss, changed = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
+    harms, images = torch.zeros(3, len(pairs), dtype=torch.float64), 0
     products = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
-    images = 0
     with torch.inference_mode():
         for batch in batches:
-            want = teacher(batch).cpu()
-            shifts = torch.empty(len(pairs), want.numel())
+            want, shifts = teacher(batch).cpu(), []
             for i, (name, bits) in enumerate(pairs):
                 with only(models[bits], name):
                     got = networks[bits](batch).cpu()
-                loss[i] += divergence(want, got).sum()
-                changed[i] += (got.argmax(1) != want.argmax(1)).sum()
-                shifts[i] = _weighted_shift(want, got).reshape(-1)
-            products += (shifts @ shifts.T).double()
+                harms[:, i] += torch.stack([harm.sum() for harm in harm_of(want, got)])
+                shifts.append(centered(got - want).reshape(-1))
+            products += (torch.stack(shifts) @ torch.stack(shifts).T).double() / want.shape[1]
             images += len(batch)
             if progress:
                 progress(images)
-    if not images:
-        raise QuantizationError("sensitivity", "got no images", "give at least one calibration image")
-    shape = (len(names), len(models))
-    harm, share = ((value / images).reshape(shape).numpy() for value in (loss, changed))
-    return Sensitivity(tuple(names), tuple(models), harm, share, (products / images).numpy(), images)
+    _require(images)
+    logits, loss, changed = (row.reshape(len(names), len(models)).numpy() for row in harms / images)
+    return Sensitivity(tuple(names), tuple(models), logits, loss, changed, (products / images).numpy(), images)
 
 
-def fisher(
+def second_order(
     models: Models,
     names: Sequence[str],
     batches: Iterable[Tensor],
     mount: Mount = lambda network: network,
     seed: int = 0,
+    of_loss: bool = False,
 ) -> Array:
-    """Second-order estimate of the KL of rounding each weight alone, from one backward pass an image; (T, C), in nats.
+    """What `one_at_a_time` measures, estimated for weights from one backward pass an image; float64 (T, C).
 
-    1/2 dw' F dw with the change dw of the weight and the Fisher information F = J' (diag(p) - p p') J, J the logits'
-    derivative by the weight and p the network's classes: at the float weights the KL has no gradient, and F is its
-    second derivative (Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020). F is
-    sampled: for v = sqrt(p) * z - p (sqrt(p)'z), z standard normal, E[v v'] = diag(p) - p p', so that 1/2 (v' J dw)^2 has the
-    wanted mean, and v' J is the gradient of v' logits. (Drawing a class y for the gradient of -log p(y) has the same
-    mean, but hangs on the few images in which an unlikely class is drawn.)
+    dw' J' M J dw with the change dw of the weight and the logits' derivative J by it. For `logits` M is the centering
+    of K classes, divided by K. For the KL it is half of diag(p) - p p', p the float network's classes: then J' 2M J is
+    the Fisher information, the KL's second derivative at the float weights (Martens, "New Insights and Perspectives on
+    the Natural Gradient Method", JMLR 2020). Both are sampled: for a random v with E[v v'] = M, (v' J dw)^2 has the
+    wanted mean, and v' J is the gradient of v' logits. With z standard normal, v = (z - mean(z)) / sqrt(K), or
+    v = (sqrt(p) * z - p (sqrt(p)' z)) / sqrt(2).
 
     Args:
         models: see `choice_models`.
@@ -149,6 +135,7 @@ def fisher(
         batches: images, (N, C, H, W) float32, on the models' device.
         mount: see `one_at_a_time`.
         seed: of z.
+        of_loss: estimate the KL, in nats, and not the change of the logits.
 
     Raises:
         QuantizationError: there are no images.
@@ -165,22 +152,30 @@ def fisher(
     for batch in batches:
         for image in batch:
             logits = network(image[None])[0]
-            root = logits.detach().softmax(0).sqrt()
-            noise = torch.randn(len(root), generator=stream).to(root)
-            v = root * noise - root.square() * (root @ noise)
+            v = _direction(logits.detach(), torch.randn(len(logits), generator=stream).to(logits), of_loss)
             gradients = torch.autograd.grad(v @ logits, list(held.weights.values()))
             for i, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-                costs[i] += (changes[name] * gradient).flatten(1).sum(1).double().square().cpu() / 2
+                costs[i] += (changes[name] * gradient).flatten(1).sum(1).double().square().cpu()
             images += 1
-    if not images:
-        raise QuantizationError("sensitivity", "got no images", "give at least one calibration image")
+    _require(images)
     return (costs / images).numpy()
 
 
-def divergence(want: Tensor, got: Tensor) -> Tensor:
-    """KL(classes of `want` || classes of `got`) of every image, float64 (N,), in nats; logits are (N, K)."""
+def harm_of(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every image, float64 (N,): mean square of the change of the centered logits, KL in nats, 1 for another class.
+
+    Args:
+        want: logits of the float network, (N, K).
+        got: of the quantized one.
+    """
     p, q = want.double().log_softmax(1), got.double().log_softmax(1)
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    return centered(got - want).double().square().mean(1), divergence, (got.argmax(1) != want.argmax(1)).double()
+
+
+def centered(logits: Tensor) -> Tensor:
+    """Logits (N, K) less their mean over the classes, which decides nothing."""
+    return logits - logits.mean(1, keepdim=True)
 
 
 @contextmanager
@@ -192,11 +187,16 @@ def only(model: QuantModel, name: str) -> Iterator[None]:
         yield
 
 
-def _weighted_shift(want: Tensor, got: Tensor) -> Tensor:
-    """sqrt(p) * (d - p'd), whose inner products are d' (diag(p) - p p') e; float32 (N, K)."""
-    p = want.double().softmax(1)
-    shift = got.double() - want.double()
-    return (p.sqrt() * (shift - (p * shift).sum(1, keepdim=True))).float()
+def _direction(logits: Tensor, noise: Tensor, of_loss: bool) -> Tensor:
+    if not of_loss:
+        return (noise - noise.mean()) / len(noise) ** 0.5
+    root = logits.softmax(0).sqrt()
+    return (root * noise - root.square() * (root @ noise)) / 2**0.5
+
+
+def _require(images: int) -> None:
+    if not images:
+        raise QuantizationError("sensitivity", "got no images", "give at least one calibration image")
 
 
 class _Held(nn.Module):
