@@ -303,7 +303,7 @@ def _fit_biases(job: Job) -> None:
 def _observe(job: Job, reporter: Reporter, quantized_weights: bool = False) -> None:
     """Find the activation ranges on the images that the recipe gives for it."""
     calibrate_activations(
-        job.model, job.recipe.quant.activations, _range_batches(job, reporter), job.mount, quantized_weights
+        job.model, job.recipe.quant.activations, range_batches(job, reporter), job.mount, quantized_weights
     )
 
 
@@ -317,7 +317,8 @@ def _log(what: str, name: str, measure: str, report: LayerReport | UnitReport) -
     log.info("%s %s: %s %.5g -> %.5g, %s", what, name, measure, report.loss_before, report.loss_after, result)
 
 
-def _range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
+def range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
+    """The images on which activation ranges are found, on the device, batch by batch."""
     images = job.prepared.images
     count, done = min(job.recipe.calibration.range_count or len(images), len(images)), 0
     for batch in batches(images.subset(range(count)), job.recipe.calibration.batch_size):
