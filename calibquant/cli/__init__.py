@@ -7,6 +7,7 @@ import sys
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.analyze import analyze
 from calibquant.cli.bench import bench
 from calibquant.cli.compare import compare
 from calibquant.cli.demo import demo
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, evaluate, inspect, compare, export, bench):
+for command in (demo, quantize, evaluate, inspect, analyze, compare, export, bench):
     app.command()(command)
 
 

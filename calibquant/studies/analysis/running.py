@@ -94,7 +94,7 @@ class Analysis:
             "feature_errors": self.errors, "advice": [asdict(row) for row in self.advice],
             "effect": self.effect and asdict(self.effect),
         }  # fmt: skip
-        return _finite(found)  # type: ignore[no-any-return]
+        return _finite(found)
 
 
 def analyze(
