@@ -172,7 +172,7 @@ def _run(
             begin(reporter, 4, total, "Round weights by Gram matrices")
             with clock.stage("gram", sum(report.seconds for report in progress.layers)):
                 progress = _round(folder, recipe, prepared, model, progress, device, reporter)
-                after = _errors(recipe, prepared, model, device)
+                after = None if learning else _errors(recipe, prepared, model, device)
             progress = replace(progress, seconds=dict(clock.seconds))
         if learning:
             begin(reporter, 4 + gram, total, f"Reconstruct by {recipe.reconstruct.method}")
