@@ -228,8 +228,11 @@ def _round(
 ) -> Progress:
     """Gram-round the layers that have no report yet; a checkpoint after each."""
     manifest, found = manifest_csv(prepared.manifest), before
-    done = len(before.layers)
-    if done < len(gram_layers(model)):
+    done, layers = len(before.layers), gram_layers(model)
+    left = [name for name in model.weight_quantizers if name not in layers]
+    if left:
+        note(reporter, f"{', '.join(left)}: keeps its nearest codes (no product, or too many inputs to an output)")
+    if done < len(layers):
         images = torch.cat(list(prepared.inputs(recipe.calibration.batch_size)))
         for report in round_weights(
             model, images, recipe.reconstruct, recipe.seed, device, reporter.progress, done, folder.path
