@@ -3,7 +3,7 @@
     python benchmarks/gram.py --data DATA
 
 DATA holds weights/resnet20-12fca82f.th and cifar-10-batches-bin/. The first 1,024 training images; otherwise the
-recipe's defaults. All methods of a setting start from the same calibrated network, one after the other in one process, so
+recipe's defaults. All methods of a setting start from the same calibrated network, one after another in one process, so
 their times compare; processor time is what a busy machine changes least. What was done is kept in --runs.
 """
 

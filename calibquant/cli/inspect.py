@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_bytes, show_coverage, show_errors, show_onnx, show_ranges, show_units
+from calibquant.cli.tables import (
+    show_bytes,
+    show_coverage,
+    show_errors,
+    show_layers,
+    show_onnx,
+    show_ranges,
+    show_units,
+)
 
 
 def inspect(
@@ -35,13 +43,16 @@ def inspect(
     if json:
         coverage = [asdict(row) for row in model.coverage()]
         console.print_json({
-            "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows, "units": metrics["units"],
+            "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows,
+            "layers": metrics.get("layers", []), "units": metrics["units"],
             "feature_errors": metrics.get("feature_errors", []), "onnx": files,
         })  # fmt: skip
         return
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
     show_coverage(model)
     show_ranges(model)
+    if metrics.get("layers"):  # runs of earlier versions have none
+        show_layers(metrics["layers"])
     if metrics["units"]:
         show_units(metrics["units"])
     if metrics.get("feature_errors"):  # runs of earlier versions have none

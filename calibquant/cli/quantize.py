@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_coverage, show_result, show_units
+from calibquant.cli.tables import show_coverage, show_layers, show_result, show_units
 
 if TYPE_CHECKING:
     from calibquant.pipeline import DryRun
@@ -44,6 +44,8 @@ def quantize(
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})
         return
+    if run.metrics["layers"]:
+        show_layers(run.metrics["layers"])
     if run.metrics["units"]:
         show_units(run.metrics["units"])
     show_result([run])

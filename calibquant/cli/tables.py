@@ -45,6 +45,19 @@ def show_comparison(result: dict[str, Any]) -> None:
     console.print_table("Mean ± sd (seeds)", *score_table(result))
 
 
+def show_layers(layers: Sequence[dict[str, Any]]) -> None:
+    """What became of each layer that was Gram-rounded."""
+    rows = [
+        [
+            layer["layer"], console.percent(layer["loss_before"]), console.percent(layer["loss_after"]),
+            "kept" if layer["kept"] else "rolled back", f"{layer['seconds']:.1f}",
+        ]
+        for layer in layers
+    ]  # fmt: skip
+    header = ["weight", "nearest", "Gram", "result", "seconds"]
+    console.print_table("Gram rounding: squared error of each layer's outputs in percent", header, rows)
+
+
 def show_units(units: Sequence[dict[str, Any]]) -> None:
     """What became of each reconstructed unit."""
     rows = [

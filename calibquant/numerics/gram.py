@@ -1,9 +1,9 @@
 """Rounding weights against the second moments of their inputs: error feedback, then coordinate descent.
 
 The squared error of a product's output, |X q - y|^2 for inputs X and a wanted output y, is a quadratic function of the
-weights q with the Gram matrix X^T X, and no image is needed once that is known. Sources: Frantar and Alistarh,
-"Optimal Brain Compression", NeurIPS 2022 (OBQ); Frantar et al., "GPTQ", ICLR 2023; Zhang et al., "COMQ: A
-Backpropagation-Free Algorithm for Post-Training Quantization", 2024.
+weights q with the Gram matrix X^T X, and no image is needed once that is known. Sources: Frantar, Singh and
+Alistarh, "Optimal Brain Compression", NeurIPS 2022 (OBQ); Frantar et al., "GPTQ", ICLR 2023; Zhang et al., "COMQ: A
+Backpropagation-Free Algorithm for Post-Training Quantization", IEEE Access, 2025.
 
 Shapes: G groups of O rows (output channels) of K weights; float64.
 """

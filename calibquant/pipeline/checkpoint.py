@@ -84,7 +84,7 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
             raise ValueError("its hash is wrong")
         restore(model, load_safetensors(data))
         reports = [UnitReport(**row) for row in stored["units"]]
-        layers = [LayerReport(**row) for row in stored["layers"]]
+        layers = [LayerReport(**row) for row in stored.get("layers", [])]  # earlier versions had none
         return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]), layers)
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None

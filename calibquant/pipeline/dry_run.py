@@ -74,7 +74,8 @@ def dry_run(
     memory = 2 * size_of(model).float32 + batch * peak.bytes
     settings = recipe.reconstruct
     if recipe.quant.weights.rounding == "gram":
-        seconds += 6 * per_image * len(prepared.images)  # features of both networks, moments and solutions, measured
+        seconds += 10 * per_image * len(prepared.images)  # measured on ResNet-20: features, moments, solutions
+        memory += int(min(2 * len(prepared.images) * peak.bytes, settings.cache_limit * 1e9))
     if settings.method != "none":
         # Measured share: a step of every unit costs about 5.5 float passes over its batch. A unit's inputs, its target
         # and the rows it learns on are kept for all images at once, in memory up to the limit.

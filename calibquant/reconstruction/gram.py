@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from calibquant.errors import QuantizationError
 from calibquant.features import Features, FeatureStore, take
 from calibquant.graph.ops import activations_of, op_of, weight_of
 from calibquant.graph.products import Product
@@ -24,6 +25,7 @@ from calibquant.reconstruction.engine import FEWEST, HELD_OUT, Progress
 from calibquant.reconstruction.network import BATCH, quantized_input, unit_seed
 
 FEWEST_POSITIONS = 32  # of an image that count, at least, where it has so many
+LARGEST = 8192  # weights of an output channel, whose Gram matrices take half a gigabyte each, several at a time
 POSITIONS = 256  # over all images, for each weight of a row: positions of one image say much the same
 
 
@@ -48,14 +50,17 @@ class LayerReport:
 def gram_layers(model: QuantModel) -> dict[str, list[fx.Node]]:
     """The weights that `round_weights` rounds, in execution order, and the nodes that multiply by them.
 
-    A weight that any node reads otherwise, as an embedding does, is left out.
+    A weight that any node reads otherwise, as an embedding does, is left out, and so is one with more than `LARGEST`
+    weights for an output channel, as the first linear of a VGG.
     """
     found: dict[str, list[fx.Node]] = {}
     for node in model.teacher.graph.nodes:
         weight = weight_of(node)
         if weight is not None and str(weight.target) in model.weight_quantizers:
             found.setdefault(str(weight.target), []).append(node)
-    return {name: nodes for name, nodes in found.items() if all(_product_or_none(node) for node in nodes)}
+    tensors = parameter_tensors(model.teacher)
+    products = {name: nodes for name, nodes in found.items() if all(_product_or_none(node) for node in nodes)}
+    return {name: nodes for name, nodes in products.items() if _row_length(nodes[0], tensors[name]) <= LARGEST}
 
 
 def round_weights(
@@ -85,6 +90,9 @@ def round_weights(
 
     Yields:
         a report after each layer.
+
+    Raises:
+        QuantizationError: what a layer reads is not finite.
     """
     layers, store = gram_layers(model), FeatureStore(getattr(torch, recipe.cache), recipe.cache_limit * 1e9, folder)
     graph, entering = model.teacher.graph, quantized_input(model, images, BATCH, device)
@@ -119,7 +127,7 @@ class _Place:
         """Of some images, at positions drawn anew for each batch of them."""
         op, product, groups = op_of(self.node), _product(self.node), _groups(self.node)
         assert op is not None
-        many = max(FEWEST_POSITIONS, -(-POSITIONS * self.rows(self.weight).shape[2] // len(rows)))
+        many = max(FEWEST_POSITIONS, -(-POSITIONS * _row_length(self.node, self.weight) // len(rows)))
         total: Moments | None = None
         for some in rows.split(BATCH):
             with torch.no_grad():
@@ -148,6 +156,8 @@ def _round(
     generator = torch.Generator().manual_seed(seed)
     learned = _sum([p.moments(images[images % HELD_OUT != 0] if held_out else images, generator) for p in places])
     judging = _sum([p.moments(images[::HELD_OUT], generator) for p in places]) if held_out else learned
+    if not torch.isfinite(learned.gram).all() or not torch.isfinite(learned.cross).all():
+        raise QuantizationError(name, "reads NaN or infinite activations", "check the calibration images")
     quantizer, place = model.weight_quantizers[name], places[0]
     start = quantizer.get()
     found = rounded(place.weight, start, place.node, learned)
@@ -213,6 +223,11 @@ def _product(node: fx.Node) -> Product:
     product = _product_or_none(node)
     assert product is not None
     return product
+
+
+def _row_length(node: fx.Node, weight: Tensor) -> int:
+    """How many weights an output channel has."""
+    return _product(node).rows(weight, _groups(node)).shape[2]
 
 
 def _groups(node: fx.Node) -> int:

@@ -26,7 +26,7 @@ RECIPE: dict[str, Any] = {
 }
 METRICS = {
     "setting", "placement", "boundary", "calibration_images", "evaluated_on", "float", "quantized", "size", "coverage",
-    "seconds", "reconstruction", "units", "feature_errors",
+    "seconds", "rounding", "layers", "reconstruction", "units", "feature_errors",
 }  # fmt: skip
 SCORES = {"count", "top1", "top1_interval", "top5", "loss", "macro", "agreement", "agreement_interval"}
 BYTE_IDENTICAL = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "recipe.yaml")
@@ -165,8 +165,8 @@ def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> Non
     made = json.loads(command("quantize", "recipe.yaml", "--json"))
     target = str(Path(made["run"]) / file)
     text, result = command("inspect", target), json.loads(command("inspect", target, "--json"))
-    assert set(result) == {"run", "size", "coverage", "record", "units", "feature_errors", "onnx"}
-    for key in ("coverage", "units", "feature_errors"):
+    assert set(result) == {"run", "size", "coverage", "record", "layers", "units", "feature_errors", "onnx"}
+    for key in ("coverage", "layers", "units", "feature_errors"):
         assert result[key] == made[key]
     assert Path(result["run"]) == Path(made["run"])
     assert all(row["after"] in text and f"{100 * row['nearest']:.2f}" in text for row in made["feature_errors"])
@@ -238,3 +238,10 @@ def test_debug_shows_the_stack_trace_of_an_error(command: Command, capsys: pytes
 def test_help_names_every_argument(arguments: list[str], expected: list[str], command: Command) -> None:
     text = command(*arguments)
     assert [word for word in expected if word not in text] == []
+
+
+def test_gram_rounding_shows_its_layers(command: Command) -> None:
+    text = command("quantize", "recipe.yaml", "quant.weights.rounding=gram")
+    assert "Gram rounding" in text
+    assert "conv1.weight" in text
+    assert "Gram rounding" in command("inspect")

@@ -9,6 +9,7 @@ import torch
 from networks import NETWORKS, folded, quantized, values_of
 from torch import Tensor
 
+from calibquant.errors import QuantizationError
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.graph.ops import activations_of, op_of
 from calibquant.quantization import QuantModel
@@ -154,3 +155,23 @@ def test_reconstruction_starts_from_the_rounded_codes(method: Any) -> None:
         different = quantizer.get().codes != before[name].codes
         assert int(different.sum()) <= before[name].codes.shape[0], "ties of symmetric 8-bit weights, one a channel"
         assert not different.any() or before[name].grid.bits == 8
+
+
+def test_layers_with_too_many_inputs_to_an_output_keep_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "LARGEST", 60)
+    model, x = low_bits("cifar_resnet")
+    before = artifact_tensors(model)
+    names = {r.layer for r in round_weights(model, x, RECIPE, 0)}
+    weights = dict(model.teacher.named_buffers())
+    assert names == {n for n in model.weight_quantizers if weights[n][0].numel() <= 60}
+    assert 0 < len(names) < len(model.weight_quantizers)
+    changed = [k for k, v in artifact_tensors(model).items() if not torch.equal(v, before[k])]
+    assert all(any(k.startswith(n) for n in names) for k in changed)
+
+
+def test_infinite_activations_are_an_error() -> None:
+    model, x = low_bits("cifar_resnet")
+    x[3] = float("inf")
+    model.enable(activations=False)
+    with pytest.raises(QuantizationError, match="reads NaN or infinite activations; check the calibration images"):
+        list(round_weights(model, x, RECIPE, 0))
