@@ -200,14 +200,17 @@ def calibrate(job: Job) -> Progress:
 def round_again(job: Job, folder: RunFolder, before: Progress) -> Progress:
     """Gram-round the layers that have no report yet, with a checkpoint after each."""
     model, found, manifest = job.model, before, manifest_csv(job.prepared.manifest)
-    done = len(before.layers)
+    done, layers = len(before.layers), gram_layers(model)
     with job.steps.begin("gram", "Round weights by Gram matrices", sum(report.seconds for report in before.layers)):
-        if done < len(gram_layers(model)):
+        left = [name for name in model.weight_quantizers if name not in layers]
+        if left:
+            note(job.reporter, f"{', '.join(left)}: nearest codes are kept (no product, or too many inputs to an output)")
+        if done < len(layers):
             settings = job.recipe.reconstruct
-            layers = round_weights(
+            rounded = round_weights(
                 model, _entering(job), settings, job.recipe.seed, job.device, job.reporter.progress, done, folder.path
             )
-            for report in layers:
+            for report in rounded:
                 found = replace(found, layers=[*found.layers, report])
                 save_checkpoint(folder, model, manifest, found)
                 _log("layer", report.layer, "error", report)
