@@ -147,10 +147,10 @@ def main() -> None:
         if r is not None
     ]
     text = table_of(rows) + (
-        f"\nMean ± sd over {len(SEEDS)} draws of the calibration images. Average bits: of the weights but the first "
-        "and the last, which have 8; `uniform` gives all of them that width; the others have at most the same bytes, with "
-        f"choices {', '.join(map(str, CHOICES))}. Gain: paired difference of top-1 to `uniform`, in points. Nearest "
-        "rounding, observer `mse`, A8, placement `integer`, boundary `qdrop`.\n\n" + "\n".join(facts) + "\n"
+        f"\nMean ± sd over {len(SEEDS)} draws of the calibration images. Average bits: of all weights but the "
+        "first and the last, which have 8; `uniform` gives all of them that width; the others have at most the same "
+        f"bytes, with choices {', '.join(map(str, CHOICES))}. Gain: paired difference of top-1 to `uniform`. "
+        "Nearest rounding, observer `mse`, A8, placement `integer`, boundary `qdrop`.\n\n" + "\n".join(facts) + "\n"
     )
     common.write("mixed", "python benchmarks/mixed.py --data DATA", {"rows": rows}, text)
 

@@ -145,7 +145,8 @@ def _harm(
     sums, images = torch.zeros(3, dtype=torch.float64), 0
     with torch.inference_mode():
         for batch in _images(recipe, prepared, slice(0, trade.settings.images), device):
-            sums += torch.stack([harm.sum().cpu() for harm in harm_of(reference(batch), network(batch))])
+            harms = harm_of(reference(batch).cpu(), network(batch).cpu())
+            sums += torch.stack([harm.sum() for harm in harms])
             images += len(batch)
     joint, (logits, loss, changed) = trade.interactions, (sums / images).tolist()
     return {

@@ -155,7 +155,7 @@ def second_order(
             v = _direction(logits.detach(), torch.randn(len(logits), generator=stream).to(logits), of_loss)
             gradients = torch.autograd.grad(v @ logits, list(held.weights.values()))
             for i, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-                costs[i] += (changes[name] * gradient).flatten(1).sum(1).double().square().cpu()
+                costs[i] += (changes[name] * gradient).flatten(1).sum(1).cpu().double().square()
             images += 1
     _require(images)
     return (costs / images).numpy()

@@ -93,6 +93,20 @@ def test_weights_and_activations_under_bit_operations(recipe: dict[str, Any]) ->
     assert any(name in activations for name in run.metrics["mixed"]["bits"])
 
 
+@pytest.mark.parametrize("fields", [{"limit": 3}, {"limit": 3, "sensitivity": "gradient"}, {"max_drop": 0.4}])
+def test_a_part_of_a_network(recipe: dict[str, Any], fields: dict[str, Any]) -> None:
+    """The harm is that of the whole network's logits; bit operations are those of the part."""
+    whole = recipe["model"]
+    mixed = pipeline.quantize(with_mixed(recipe, **fields) | {"model": whole | {"submodule": "layer2"}}).metrics[
+        "mixed"
+    ]
+    assert set(mixed["bits"]) == {"0.conv2.weight"}
+    assert mixed["harm"]["loss"] > 0
+    counted = with_mixed(recipe, {"boundary": "none"}, budget="bops", limit=1e12)
+    run = pipeline.quantize(counted | {"model": whole | {"submodule": "layer2"}})
+    assert run.metrics["mixed"]["used"] > 0
+
+
 def test_an_interrupted_run_goes_on_with_the_bits_it_had(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
