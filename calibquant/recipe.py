@@ -8,6 +8,7 @@ A recipe may begin with `preset: NAME`; the file's own fields and then the overr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -335,10 +336,43 @@ _BRECQ_CODE: dict[str, Any] = {
     },
 }
 
+
+def _analytic(*parts: dict[str, Any]) -> dict[str, Any]:
+    """A preset without reconstruction whose `quant` has the fields of all parts; the later win."""
+    return {"quant": reduce(_merge, parts), "reconstruct": {"method": "none"}}
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+# The parts of Banner et al.'s method, each alone on top of min-max ranges, and all together.
+_MINMAX: dict[str, Any] = {"weights": {"observer": "minmax"}, "activations": {"observer": "minmax"}}
+_CLIPPING = {"activations": {"observer": "aciq-laplace"}}
+_ALLOCATION = {
+    "weights": {"allocation": "banner"},
+    "activations": {"granularity": "per_channel", "allocation": "banner"},
+}
+_CORRECTION = {"weights": {"correction": "mean-variance"}}
+
 # Presets of a method set what makes the method; those named *-reference follow its released code in everything.
 PRESETS: dict[str, dict[str, Any]] = {
     "nearest": {"reconstruct": {"method": "none"}},
     "gram": {"quant": {"weights": {"rounding": "gram"}}, "reconstruct": {"method": "none"}},
+    "banner-base": _analytic(_MINMAX),
+    "banner-clipping": _analytic(_MINMAX, _CLIPPING),
+    "banner-allocation": _analytic(_MINMAX, _ALLOCATION),
+    "banner-correction": _analytic(_MINMAX, _CORRECTION),
+    "banner-all": _analytic(_MINMAX, _CLIPPING, _ALLOCATION, _CORRECTION),
+    # What CalibQuant does without a gradient, deployable as integers.
+    "analytic": _analytic(
+        {"weights": {"observer": "mse"}, "activations": {"observer": "mse"}},
+        {"equalize": True, "bias_correction": "empirical"},
+    ),
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},
@@ -419,14 +453,6 @@ def _override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     for part in reversed(key.strip().split(".")):
         leaf = {part: leaf}
     return _merge(tree, leaf)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _first_problem(error: ValidationError, source: str) -> RecipeError:

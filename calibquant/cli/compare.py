@@ -13,11 +13,14 @@ from calibquant.cli.tables import show_comparison
 
 def compare(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
-    methods: Annotated[str, typer.Option(help="Presets, e.g. nearest,qdrop,brecq-reference.")],
-    bits: Annotated[str, typer.Option(help="Bits of weights and activations, e.g. w4a4,w2a2.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Dotted recipe keys, e.g. calibration.count=256; seed= is the first seed."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Presets, e.g. nearest,qdrop,brecq-reference.")] = "",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations, e.g. w4a4,w2a2.")] = "",
+    preset: Annotated[
+        str | None, typer.Option(help="A study by name, which gives methods and bits: aciq-ablation.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="How many, or a list with a comma, e.g. 1005,2005.")] = "3",
     baseline: Annotated[
@@ -33,8 +36,9 @@ def compare(
     from calibquant.studies import compare as study
 
     with console.reporting(json) as reporter:
+        compared, settings = study.chosen_study(preset, _words(methods), _words(bits))
         comparison = study.compare(
-            recipe, _words(methods), _words(bits), _seeds(seeds), baseline, overrides or [], out, jobs, reporter
+            recipe, compared, settings, _seeds(seeds), baseline, overrides or [], out, jobs, reporter
         )
     if json:
         console.print_json(comparison.result)

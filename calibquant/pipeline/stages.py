@@ -204,7 +204,9 @@ def round_again(job: Job, folder: RunFolder, before: Progress) -> Progress:
     with job.steps.begin("gram", "Round weights by Gram matrices", sum(report.seconds for report in before.layers)):
         left = [name for name in model.weight_quantizers if name not in layers]
         if left:
-            note(job.reporter, f"{', '.join(left)}: nearest codes are kept (no product, or too many inputs to an output)")
+            note(
+                job.reporter, f"{', '.join(left)}: nearest codes are kept (no product, or too many inputs to an output)"
+            )
         if done < len(layers):
             settings = job.recipe.reconstruct
             rounded = round_weights(

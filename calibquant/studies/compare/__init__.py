@@ -10,6 +10,7 @@
 - `summary`, `markdown`: what the cells say, as JSON and as a page
 """
 
+from calibquant.studies.compare.planning import STUDIES, chosen_study
 from calibquant.studies.compare.running import PAGE, RESULT, Comparison, compare
 
-__all__ = ["PAGE", "RESULT", "Comparison", "compare"]
+__all__ = ["PAGE", "RESULT", "STUDIES", "Comparison", "chosen_study", "compare"]

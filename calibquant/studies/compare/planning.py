@@ -18,6 +18,14 @@ from calibquant.studies.compare.cells import Cell, essence
 Source = str | Path | Mapping[str, Any]
 WHERE = "calibquant compare"
 MOST_SEEDS = 100
+# Comparisons by name: their methods and settings. The first is the table of Banner et al., "Post training 4-bit
+# quantization of convolutional networks for rapid-deployment", NeurIPS 2019.
+STUDIES = {
+    "aciq-ablation": (
+        ("banner-base", "banner-clipping", "banner-allocation", "banner-correction", "banner-all"),
+        ("w8a4", "w4a8", "w4a4"),
+    )
+}
 # Keys that the study itself sets, and by what.
 TAKEN = {"preset": "--methods", "quant.weights.bits": "--bits", "quant.activations.bits": "--bits"}
 
@@ -55,6 +63,22 @@ class Study:
         words = ["calibquant", "compare", str(self.recipe), *self.overrides, "--methods", ",".join(self.methods)]
         words += ["--bits", ",".join(self.settings).lower(), "--seeds", seeds, "--baseline", self.baseline]
         return shlex.join([*words, "--out", str(self.out), "--jobs", str(self.jobs)])
+
+
+def chosen_study(
+    preset: str | None, methods: Sequence[str], bits: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Methods and settings: those given, or those of one of `STUDIES` where none are.
+
+    Raises:
+        RecipeError: there is no study of that name.
+    """
+    if preset is None:
+        return methods, bits
+    if preset not in STUDIES:
+        raise RecipeError(f"{WHERE}, preset", f"'{preset}' is unknown", nearest(preset, STUDIES))
+    own_methods, own_bits = STUDIES[preset]
+    return methods or own_methods, bits or own_bits
 
 
 def make_study(
