@@ -55,8 +55,8 @@ GOOD = ["--methods", "nearest,qdrop", "--bits", "w4a4"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recipe.yaml"], "Missing option '--methods'; see calibquant --help"),
-        (["recipe.yaml", "--methods", "nearest"], "Missing option '--bits'; see calibquant --help"),
+        (["recipe.yaml"], "compare, methods: none is given; give at least one of methods"),
+        (["recipe.yaml", "--methods", "nearest"], "compare, bits: none is given; give at least one of bits"),
         (GOOD, "Missing argument 'recipe'; see calibquant --help"),
         (["nowhere.yaml", *GOOD], "nowhere.yaml: cannot be read (No such file or directory); give the path of a"),
         (["recipe.yaml", "--methods", "qdorp", "--bits", "w4a4"], "methods: 'qdorp' is unknown; did you mean 'qdrop'?"),

@@ -14,7 +14,7 @@ from calibquant.errors import RecipeError
 from calibquant.recipe import PRESETS, load_recipe, make_recipe
 from calibquant.studies.compare import Comparison
 from calibquant.studies.compare.cells import essence, same_run
-from calibquant.studies.compare.planning import Study, make_study
+from calibquant.studies.compare.planning import Study, chosen_study, make_study
 
 FIELDS: dict[str, Any] = {"model": {"name": "digits_resnet"}, "data": {"kind": "digits"}, "runs": "elsewhere"}
 
@@ -165,3 +165,26 @@ def test_an_essence_survives_the_file(tmp_path: Path) -> None:
     recipe = make_recipe(FIELDS | {"preset": "brecq-reference"})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert essence(load_recipe(tmp_path / "recipe.yaml")) == essence(recipe)
+
+
+def test_the_ablation_is_the_papers_table() -> None:
+    """Each part alone differs from the base in its own fields only, and all together have all of them."""
+    methods, bits = chosen_study("aciq-ablation", [], [])
+    study = plan(methods=list(methods), bits=list(bits), seeds=1)
+    assert [cell.setting for cell in study.cells[::5]] == ["W8A4", "W4A8", "W4A4"]
+    base, *parts, everything = (flat(cell.recipe.quant.model_dump()) for cell in study.cells[:5])
+    changed = [{k: v for k, v in part.items() if v != base[k]} for part in parts]
+    assert [set(c) for c in changed] == [
+        {"activations.observer"},
+        {"weights.allocation", "activations.allocation", "activations.granularity"},
+        {"weights.correction"},
+    ]
+    assert {k: v for k, v in everything.items() if v != base[k]} == {k: v for c in changed for k, v in c.items()}
+    assert chosen_study(None, ["qdrop"], ["w4a4"]) == (["qdrop"], ["w4a4"])
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
