@@ -23,13 +23,21 @@ BASE, ALL = "banner-base", "banner-all"
 CIFAR = ("calibration.count=512", "evaluation.count=2000")
 OTHER = ("model.options={shortcut: conv}", "data.preprocess.mean=[0.491, 0.482, 0.447]",
          "data.preprocess.std=[0.247, 0.243, 0.262]")  # fmt: skip
+IMAGENET = ("calibration.count=100",)
+PREPROCESSING = ("preprocess", "calibration_preprocess")
+FEW = ("calibration.count=8", "evaluation.count=16")  # of untrained networks, whose agreement tells little
 NETWORKS = {
     "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", ".", CIFAR),
     "ResNet-20, convolved shortcuts": (
         "resnet20-cifar10.yaml", "cifar_resnet20_convshortcut_apot_fp32.pt", ".", (*CIFAR, *OTHER),
     ),
-    "SqueezeNet 1.1": ("squeezenet-imagenet.yaml", "squeezenet1_1_gluon_fp32.pt", "imagenet", ()),
-    "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", ()),
+    "SqueezeNet 1.1": ("squeezenet-imagenet.yaml", "squeezenet1_1_gluon_fp32.pt", "imagenet", IMAGENET),
+    "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", IMAGENET),
+    "VGG-16-BN, random weights": ("squeezenet-imagenet.yaml", "", "imagenet", ("model.name=vgg16_bn", *FEW)),
+    "Inception-v3, random weights": (
+        "squeezenet-imagenet.yaml", "", "imagenet",
+        ("model.name=inception_v3", *(f"data.{p}={{resize: 342, crop: 299}}" for p in PREPROCESSING), *FEW),
+    ),
 }  # fmt: skip
 
 
@@ -37,8 +45,8 @@ def study(name: str, given: Any) -> dict[str, Any]:
     """The table of one network."""
     config, weights, root, options = NETWORKS[name]
     methods, settings = STUDIES["aciq-ablation"]
-    overrides = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}",
-                 "export.onnx=false", f"threads={given.threads}", *options]  # fmt: skip
+    overrides = [f"data.root={given.data / root}", "export.onnx=false", f"threads={given.threads}", *options]
+    overrides += [f"model.weights={given.data / 'weights' / weights}"] if weights else []
     out = given.runs / "ablation" / name.replace(" ", "-").replace(",", "")
     done = compare(CONFIGS / config, (*methods, OWN), settings, given.seeds, BASE, overrides, out)
     return done.result

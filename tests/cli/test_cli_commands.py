@@ -101,7 +101,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     text = command("quantize", "recipe.yaml", "--dry-run")
     plan = json.loads(command("quantize", "recipe.yaml", "--dry-run", "--json"))
     assert sorted(p.name for p in Path().iterdir()) == before
-    assert set(plan) == {"coverage", "size", "calibration_images", "estimated_seconds", "estimated_peak_bytes"}
+    expected = {"coverage", "size", "calibration_images", "estimated_seconds", "estimated_peak_bytes", "mixed_tensors"}
+    assert set(plan) == expected
     assert plan["calibration_images"] == 32
     assert all(row["node"] in text for row in plan["coverage"])
     assert "32 calibration images; about" in text

@@ -60,7 +60,7 @@ GOOD = ["--methods", "nearest,qdrop", "--bits", "w4a4"]
         (GOOD, "Missing argument 'recipe'; see calibquant --help"),
         (["nowhere.yaml", *GOOD], "nowhere.yaml: cannot be read (No such file or directory); give the path of a"),
         (["recipe.yaml", "--methods", "qdorp", "--bits", "w4a4"], "methods: 'qdorp' is unknown; did you mean 'qdrop'?"),
-        (["recipe.yaml", "--preset", "aciq"], "preset: 'aciq' is unknown; did you mean 'aciq-ablation'"),
+        (["recipe.yaml", "--preset", "aciq"], "preset: 'aciq' is unknown; known are aciq-ablation"),
         (["recipe.yaml", "--methods", ",", "--bits", "w4a4"], "methods: none is given; give at least one of methods"),
         (["recipe.yaml", "--methods", "nearest", "--bits", "w9a9"], "bits: 'w9a9' asks for 9 bits, which no grid has"),
         (["recipe.yaml", *GOOD, "--seeds", "three"], "compare, seeds: 'three' is no number; give how many, or a list"),

@@ -13,7 +13,7 @@ from torch import nn
 import calibquant
 from calibquant import pipeline
 from calibquant.errors import RecipeError, RunFolderError
-from calibquant.pipeline import quantizing
+from calibquant.pipeline import stages
 from calibquant.recipe import make_recipe
 from calibquant.studies.digits import FIELDS
 from calibquant.zoo import build, save_weights
@@ -74,18 +74,18 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     """Interrupted after some layers, or after all of them, before the first unit."""
     recipe = _learning(recipe) if learning else recipe
-    whole, save, left = calibquant.quantize(make_recipe(recipe)), quantizing.save_checkpoint, [layers]
+    whole, save, left = calibquant.quantize(make_recipe(recipe)), stages.save_checkpoint, [layers]
 
-    def counted(folder: Any, model: Any, manifest: str, progress: quantizing.Progress) -> None:
+    def counted(folder: Any, model: Any, manifest: str, progress: stages.Progress) -> None:
         if not left[0] or progress.reports:
             raise KeyboardInterrupt
         left[0] -= 1
         save(folder, model, manifest, progress)
 
-    monkeypatch.setattr(quantizing, "save_checkpoint", counted)
+    monkeypatch.setattr(stages, "save_checkpoint", counted)
     with pytest.raises(RunFolderError, match="was interrupted") as caught:
         calibquant.quantize(make_recipe(recipe))
-    monkeypatch.setattr(quantizing, "save_checkpoint", save)
+    monkeypatch.setattr(stages, "save_checkpoint", save)
     again = pipeline.resume(Path(caught.value.where))
     assert len(again.metrics["layers"]) == len(whole.metrics["layers"])
     for name in FILES:
