@@ -68,7 +68,7 @@ def with_room(recipe: Recipe, prepared: Prepared) -> Prepared:
 
 
 def correct(
-    recipe: Recipe, prepared: Prepared, model: QuantModel, device: torch.device, folder: Path | None, reporter: Reporter
+    recipe: Recipe, prepared: Prepared, model: QuantModel, device: torch.device, folder: Path, reporter: Reporter
 ) -> dict[str, list[dict[str, Any]]]:
     """Correct weights, then biases, as the recipe says.
 

@@ -247,11 +247,10 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
     return found
 
 
-def correct_all(job: Job, folder: RunFolder | None = None) -> None:
+def correct_all(job: Job, folder: RunFolder) -> None:
     """Correct weights and biases; last, so that it sees the final roundings."""
     with job.steps.begin("correct", "Correct weights and biases"):
-        path = None if folder is None else folder.path
-        job.facts["corrections"] = correct(job.recipe, job.prepared, job.model, job.device, path, job.reporter)
+        job.facts["corrections"] = correct(job.recipe, job.prepared, job.model, job.device, folder.path, job.reporter)
 
 
 def settle(job: Job) -> dict[str, float]:
