@@ -40,7 +40,7 @@ from calibquant.export.executor import execute
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.onnx_writer import float_onnx
-from calibquant.export.program import make_program
+from calibquant.export.program import Program, make_program
 from calibquant.export.session import open_session
 from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
@@ -181,10 +181,11 @@ def simulate(model: QuantModel, images: Iterator[Array], dtype: torch.dtype) -> 
 def parity(case: Case) -> Row:
     """deploy.onnx against the simulation, the integer executor and the oldest ONNX Runtime."""
     model, count = case.quantized(), case.counts[1]
+    program = make_program(model)
     rounded = simulate(model, case.chunks(count, BATCH), torch.float32)
     simulated = simulate(model.double(), case.chunks(count, BATCH), torch.float64)
     deployed, labels = case.logits(DEPLOY, count), open_set(case.recipe(), "evaluation").labels()[:count]
-    error, probe = np.abs(simulated - deployed).max(axis=1), Probe(model, case.file(DEPLOY))
+    error, probe = np.abs(simulated - deployed).max(axis=1), Probe(model, program, case.file(DEPLOY))
     flips: list[Row] = []
     for i in np.flatnonzero(simulated.argmax(1) != deployed.argmax(1)).tolist():
         second, first = np.partition(simulated[i].astype(np.float64), -2)[-2:]
@@ -208,8 +209,8 @@ def parity(case: Case) -> Row:
 class Probe:
     """deploy.onnx with the codes of every activation as outputs, and the simulation in float64."""
 
-    def __init__(self, model: QuantModel, data: bytes) -> None:
-        self.model, self.program = model, make_program(model)
+    def __init__(self, model: QuantModel, program: Program, data: bytes) -> None:
+        self.model, self.program = model, program
         self.grids = {name: grid for name, grid in self.program.grids.items() if grid is not None}
         self.session = open_session(DEPLOY, with_outputs(data, [*self.grids]), 1)
 

@@ -8,7 +8,7 @@ replaces ReLU6 by ReLU and where it absorbs biases: what calibration images show
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from calibquant.graph.folding import with_biases
 from calibquant.graph.lowering import build
 from calibquant.graph.ops import op_of, weight_of
 from calibquant.graph.pairs import Pair, find_pairs
+from calibquant.graph.watching import Watched
 
 MARGIN = 1.25  # a limit counts as never reached if the largest value seen, times this, stays below it
 DEVIATIONS = 4.0  # and the BatchNorm's mean so many standard deviations up does too
@@ -106,15 +107,23 @@ def equalize(
 
 
 def channel_ranges(
-    graph: fx.GraphModule, nodes: Iterable[str], batches: Iterable[Tensor], mount: Callable[[nn.Module], nn.Module]
+    graph: fx.GraphModule, nodes: Collection[str], batches: Iterable[Tensor], mount: Callable[[nn.Module], nn.Module]
 ) -> dict[str, ChannelRange]:
     """The range of each channel of some products' outputs over images."""
-    watch = _Watched(graph, set(nodes))
-    network = mount(watch)
+    found: dict[str, ChannelRange] = {}
+    axes = {node.name: channel_axis(node) for node in graph.graph.nodes if node.name in nodes}
+
+    def visit(name: str, value: Tensor) -> None:
+        rows = value.movedim(axes[name], 0).flatten(1)
+        low, high = (end.double().cpu() for end in torch.aminmax(rows, dim=1))
+        old = found.get(name, ChannelRange(low, high))
+        found[name] = ChannelRange(low.minimum(old.low), high.maximum(old.high))
+
+    network = mount(Watched(graph, axes.keys(), visit))
     with torch.inference_mode():
         for batch in batches:
             network(batch)
-    return watch.interpreter.ranges
+    return found
 
 
 def rescale(graph: fx.GraphModule, ranges: Mapping[str, ChannelRange]) -> tuple[fx.GraphModule, tuple[PairReport, ...]]:
@@ -234,36 +243,6 @@ def _by_input(weight: Tensor, node: fx.Node, channels: int) -> Tensor:
 def _spread(ranges: Tensor) -> float:
     used = ranges[ranges > 0]
     return float(used.max() / used.median()) if len(used) else 1.0
-
-
-# --- on images --------------------------------------------------------------------------------------------------------
-
-
-class _Watched(nn.Module):
-    """The float network; the ranges of some nodes' channels are kept."""
-
-    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
-        super().__init__()
-        self.network, self.interpreter = network, _Interpreter(network, names)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.interpreter.run(*inputs)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(network)
-        self.names, self.extra_traceback = names, False
-        self.ranges: dict[str, ChannelRange] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            rows = value.movedim(channel_axis(n), 0).flatten(1)
-            low, high = (end.double().cpu() for end in torch.aminmax(rows, dim=1))
-            old = self.ranges.get(n.name, ChannelRange(low, high))
-            self.ranges[n.name] = ChannelRange(low.minimum(old.low), high.maximum(old.high))
-        return value
 
 
 def _difference(want: nn.Module, got: nn.Module, batches: Iterable[Tensor]) -> float:

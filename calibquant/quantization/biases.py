@@ -69,13 +69,16 @@ class BiasRounding(nn.Module):
         self._quantizers = (source, weight)  # in a tuple: they belong to the network, not to the bias
 
     def forward(self, bias: Tensor) -> Tensor:
-        """The bias rounded to steps of `bias_step`, float32 (C,); `bias` itself while either quantizer is off."""
+        """The bias rounded to steps of `bias_step`, (C,); `bias` itself while either quantizer is off.
+
+        The int32 codes are those of float32 also in a network that computes in float64.
+        """
         source, weight = self._quantizers
         if not (source.enabled and weight.enabled) or source.scale is None or weight.codes is None:
             return bias
         scale = source.scale if source.learned_scale is None else source.learned_scale.detach()
         step = bias_step(scale, weight.get())
-        return torch.round(bias / step) * step
+        return torch.round(bias.float() / step.float()).to(step.dtype) * step
 
 
 def kernel_scale(weight: QTensor) -> Tensor:

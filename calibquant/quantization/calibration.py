@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from calibquant.errors import DataError, QuantizationError
 from calibquant.graph.limits import UNLIMITED, before_limits
+from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
 from calibquant.quantization.allocation import allocate_weight
 from calibquant.quantization.channels import ChannelObserver
@@ -73,7 +73,11 @@ def calibrate_activations(
     if not observers:
         return  # every range is taken at run time
     network = model.simulation if quantized_weights else model.teacher
-    observed, images = mount(_Observed(network, observers.values())), 0
+    watching: dict[str, list[ActivationObserver]] = defaultdict(list)
+    for source, observer in observers.values():
+        watching[source].append(observer)
+    watched = Watched(network, watching.keys(), lambda name, value: _update(watching[name], name, value))
+    observed, images = mount(watched), 0
     with torch.inference_mode(), model.float_mode():
         model.enable(weights=True, activations=False)
         for batch in batches:
@@ -101,30 +105,9 @@ def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[s
     return found
 
 
-class _Observed(nn.Module):
-    """The float network; each observer sees the outputs of the node that it is paired with."""
-
-    def __init__(self, network: fx.GraphModule, observers: Iterable[tuple[str, ActivationObserver]]) -> None:
-        super().__init__()
-        self.network, self.interpreter = network, _Interpreter(network, observers)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.interpreter.run(*inputs)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule, observers: Iterable[tuple[str, ActivationObserver]]) -> None:
-        super().__init__(network)
-        self.observers: dict[str, list[ActivationObserver]] = defaultdict(list)
-        for name, observer in observers:
-            self.observers[name].append(observer)
-        self.extra_traceback = False  # an error stays one line
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        for observer in self.observers.get(n.name, ()):
-            try:
-                observer.update(value)
-            except DataError as error:
-                raise DataError(f"activations of {n.name}", error.problem, error.mend) from None
-        return value
+def _update(observers: Sequence[ActivationObserver], name: str, value: Tensor) -> None:
+    for observer in observers:
+        try:
+            observer.update(value)
+        except DataError as error:
+            raise DataError(f"activations of {name}", error.problem, error.mend) from None

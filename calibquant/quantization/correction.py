@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from calibquant.errors import QuantizationError
 from calibquant.graph.channels import channel_axis
 from calibquant.graph.expectations import Expected, expected_product, expected_values, unknown_reason
 from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization.model import QuantModel, parameter_tensors
@@ -165,38 +166,18 @@ def _input_sums(
     model: QuantModel, names: set[str], batches: Iterable[Tensor], mount: Callable[[nn.Module], nn.Module]
 ) -> dict[str, Sums]:
     """Sums of some nodes' values over images, in the float network: float64, (1, ...)."""
-    watch = _Summed(model.teacher, names)
-    network, images = mount(watch), 0
+    sums: dict[str, Sums] = {name: {} for name in names}
+
+    def visit(name: str, value: Tensor) -> None:
+        shape, total = tuple(value.shape[1:]), value.double().sum(0, keepdim=True).cpu()
+        old, count = sums[name].get(shape, (torch.zeros_like(total), 0))
+        sums[name][shape] = (old + total, count + len(value))
+
+    network, images = mount(Watched(model.teacher, names, visit)), 0
     with torch.inference_mode():
         for batch in batches:
             network(batch)
             images += len(batch)
     if not images:
         raise QuantizationError("correction", "got no images", "give at least two calibration images")
-    return watch.interpreter.sums
-
-
-class _Summed(nn.Module):
-    """The float network; the sums of some nodes' values are kept."""
-
-    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
-        super().__init__()
-        self.network, self.interpreter = network, _Interpreter(network, names)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.interpreter.run(*inputs)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(network)
-        self.extra_traceback = False
-        self.sums: dict[str, Sums] = {name: {} for name in names}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.sums:
-            shape, total = tuple(value.shape[1:]), value.double().sum(0, keepdim=True).cpu()
-            old, count = self.sums[n.name].get(shape, (torch.zeros_like(total), 0))
-            self.sums[n.name][shape] = (old + total, count + len(value))
-        return value
+    return sums

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from calibquant.export.program import make_program
 from calibquant.graph import capture, fold_batch_norm
+from calibquant.numerics.affine import QTensor
+from calibquant.numerics.grid import Grid, PerChannel
 from calibquant.quantization import QuantModel, fit_biases
-from calibquant.quantization.biases import INT32, kernel_shift
+from calibquant.quantization.biases import INT32, BiasRounding, bias_step, kernel_shift
+from calibquant.quantization.plan import TensorPlan
+from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 
 
@@ -138,3 +142,20 @@ def test_a_network_not_fitted_yet_is_fitted_by_its_program_and_the_notes_say_so(
     assert any("1 channels were raised" in note for note in program.notes)
     fit_biases(model.biases())
     assert not any("raised" in note for note in make_program(model).notes)
+
+
+def test_a_network_in_float64_has_the_same_bias_codes() -> None:
+    """Quotients near a tie are decided in float32, as the integer program decides them."""
+    source = ActivationQuantizer("x", TensorPlan(Grid(8), False))
+    source.scale, source.zero_point = torch.tensor(0.013), torch.tensor(0, dtype=torch.int32)
+    weight = WeightQuantizer("w", TensorPlan(Grid(8, signed=True), True, PerChannel(0)))
+    scale = torch.linspace(0.001, 0.02, 4096)
+    codes = torch.ones(4096, 1, dtype=torch.int8)
+    weight.set(QTensor(codes, scale, torch.zeros(4096, dtype=torch.int32), weight.plan.grid, PerChannel(0)))
+    rounding = BiasRounding(source, weight)
+    step = bias_step(source.scale, weight.get())
+    bias = (torch.arange(4096) + 0.5) * step  # as near to ties as float32 can be
+    want = torch.round(bias / step)
+    source.double(), weight.double()
+    got = rounding(bias.double()) / bias_step(source.scale, weight.get())
+    torch.testing.assert_close(got, want.double(), rtol=1e-12, atol=0)
