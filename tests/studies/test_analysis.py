@@ -79,7 +79,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
 
 
 def test_the_spoiled_layer_does_most_of_the_harm_and_is_named(found: Analysis) -> None:
-    worst = max((h for h in found.harms if h.kind == "weight"), key=lambda h: h.loss)
+    worst = max((h for h in found.harms if h.kind == "weight"), key=lambda h: h.harm)
     assert worst.name == "second.weight"
     assert found.advice[0].text.startswith("weight second.weight does")
     (facts,) = [t for t in found.tensors if t.name == "second.weight"]
@@ -91,9 +91,9 @@ def test_the_spoiled_layer_does_most_of_the_harm_and_is_named(found: Analysis) -
 def test_without_the_spoiling_it_does_not(tmp_path: Path) -> None:
     sound = analyze(recipe(tmp_path), chain(False), TensorImages(images()), images=16)
     assert not any(t.outliers for t in sound.tensors)
-    harm = {h.name: h.loss for h in sound.harms}
+    harm = {h.name: h.harm for h in sound.harms}
     spoiled = analyze(recipe(tmp_path), chain(True), TensorImages(images()), images=16)
-    assert {h.name: h.loss for h in spoiled.harms}["second.weight"] > 20 * harm["second.weight"]
+    assert {h.name: h.harm for h in spoiled.harms}["second.weight"] > 20 * harm["second.weight"]
 
 
 def test_the_suggested_bits_have_the_measured_effect(found: Analysis, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_dynamic_ranges_are_refused(tmp_path: Path) -> None:
 
 
 def harm(name: str, loss: float, bits: int = 4) -> Harm:
-    return Harm(name, "weight", bits, loss, 0.0, None, 10)
+    return Harm(name, "weight", bits, loss, None, 0.0, 0.0, 10)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def harm(name: str, loss: float, bits: int = 4) -> Harm:
         ([harm("a", 1), harm("b", 5), harm("c", 3)], ["b"]),
         ([harm("a", 1), harm("b", 1), harm("c", 1)], ["a", "b"]),
         ([harm("a", 9, 8), harm("b", 1)], ["b"]),  # one that has 8 bits already is passed over
-        ([harm("a", 0), harm("b", -1e-9)], []),
+        ([harm("a", 0), harm("b", 0)], []),
         ([harm(c, 1) for c in "abcdefghijklm"], list("abcde")),
     ],
 )

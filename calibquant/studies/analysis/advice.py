@@ -24,18 +24,21 @@ class Harm:
         name: of the tensor.
         kind: "weight" or "activation".
         bits: of its grid.
+        harm: mean square change of the centered logits, over classes and images. Of the measures it foretells best
+            what several tensors do together; see docs/methods.md, "Mixed precision".
+        estimate: of `harm`, from one backward pass an image; weights only.
         loss: KL(float network's classes || with the tensor quantized), in nats, mean over images.
         disagreement: share of images whose class changes.
-        fisher: second-order estimate of `loss`, weights only.
         bytes: what the weight would take more at `WIDE` bits; 0 for activations.
     """
 
     name: str
     kind: str
     bits: int
+    harm: float
+    estimate: float | None
     loss: float
     disagreement: float
-    fisher: float | None
     bytes: int
 
 
@@ -54,31 +57,31 @@ class Advice:
 
 def widest_harm(harms: Sequence[Harm]) -> list[Harm]:
     """The tensors below `WIDE` bits that do the most harm: as many as do `SHARE` of all, at most `MOST`."""
-    total, chosen, done = sum(max(h.loss, 0) for h in harms), list[Harm](), 0.0
-    for harm in sorted(harms, key=lambda h: h.loss, reverse=True):
-        if done >= SHARE * total or len(chosen) == MOST or harm.loss <= 0:
+    total, chosen, done = sum(h.harm for h in harms), list[Harm](), 0.0
+    for row in sorted(harms, key=lambda h: h.harm, reverse=True):
+        if done >= SHARE * total or len(chosen) == MOST or row.harm <= 0:
             break
-        if harm.bits < WIDE:
-            chosen.append(harm)
-            done += harm.loss
+        if row.bits < WIDE:
+            chosen.append(row)
+            done += row.harm
     return chosen
 
 
 def keep_wide(chosen: Sequence[Harm], harms: Sequence[Harm], size: int) -> list[Advice]:
     """Which tensors to keep at 8 bits, and what each would cost; `size` is the packed network's, in bytes."""
-    total = sum(max(h.loss, 0) for h in harms)
+    total = sum(h.harm for h in harms)
     advice = []
-    for harm in chosen:
+    for row in chosen:
         cost = (
-            f"costs {harm.bytes:,} bytes ({100 * harm.bytes / size:+.1f} %)"
-            if harm.kind == "weight"
+            f"costs {row.bytes:,} bytes ({100 * row.bytes / size:+.1f} %)"
+            if row.kind == "weight"
             else "costs no bytes, but wider activations"
         )
         text = (
-            f"{harm.kind} {harm.name} does {100 * harm.loss / total:.0f} % of the harm that single tensors do: "
-            f"{WIDE} bits in place of {harm.bits} {cost}"
+            f"{row.kind} {row.name} does {100 * row.harm / total:.0f} % of the harm that single tensors do: "
+            f"{WIDE} bits in place of {row.bits} {cost}"
         )
-        advice.append(Advice(text, (f"quant.bits.{harm.name}={WIDE}",)))
+        advice.append(Advice(text, (f"quant.bits.{row.name}={WIDE}",)))
     return advice
 
 

@@ -39,12 +39,12 @@ def histogram_svg(fact: TensorFacts, grid_ends: tuple[float, float] | None) -> b
 
 def harm_svg(harms: Sequence[Harm]) -> bytes:
     """The tensors that do the most harm, as bars."""
-    rows = sorted(harms, key=lambda h: h.loss, reverse=True)[:BARS][::-1]
+    rows = sorted(harms, key=lambda h: h.harm, reverse=True)[:BARS][::-1]
     figure, axes = _figure(7, 0.8 + 0.22 * len(rows))
     colors = [INK if row.kind == "weight" else MARK for row in rows]
-    axes.barh(range(len(rows)), [max(row.loss, 0) for row in rows], color=colors)
+    axes.barh(range(len(rows)), [row.harm for row in rows], color=colors)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.bits} bits)" for row in rows], fontsize=7)
-    axes.set_xlabel("KL to the float network, this tensor alone quantized (nats); weights blue, activations red")
+    axes.set_xlabel("mean square change of the logits, this tensor alone quantized; weights blue, activations red")
     return _svg(figure)
 
 

@@ -21,8 +21,8 @@ def page(result: dict[str, Any], recipe: Recipe, figures: Sequence[str]) -> str:
         "## Advice",
         "\n".join(_advice_lines(result)),
         "## Harm of each tensor alone",
-        "All others float. KL: of the classes to the float network's, in nats. Second order: an estimate of the "
-        "same from one backward pass an image.",
+        "All others float. Harm: mean square change of the centered logits. Estimate: of it, from one backward pass an "
+        "image. KL: of the classes to the float network's, in nats.",
         _lines(*harm_table(result)),
         "![harm](figures/harm.svg)",
         "## Tensors",
@@ -59,14 +59,24 @@ def effect_text(result: dict[str, Any]) -> str:
 
 def harm_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The tensors that do the most harm, the worst first."""
-    total = sum(max(row["loss"], 0) for row in result["harms"]) or 1.0
-    rows = sorted(result["harms"], key=lambda row: row["loss"], reverse=True)[:LISTED]
-    header = ["tensor", "kind", "bits", "KL", "share %", "second order", "classes changed %", "bytes more at 8 bits"]
+    total = sum(row["harm"] for row in result["harms"]) or 1.0
+    rows = sorted(result["harms"], key=lambda row: row["harm"], reverse=True)[:LISTED]
+    header = [
+        "tensor",
+        "kind",
+        "bits",
+        "harm",
+        "share %",
+        "estimate",
+        "KL",
+        "classes changed %",
+        "bytes more at 8 bits",
+    ]
     return header, [
         [
-            row["name"], row["kind"], str(row["bits"]), f"{row['loss']:.5f}",
-            f"{100 * max(row['loss'], 0) / total:.1f}",
-            "–" if row["fisher"] is None else f"{row['fisher']:.5f}", f"{100 * row['disagreement']:.1f}",
+            row["name"], row["kind"], str(row["bits"]), f"{row['harm']:.4g}", f"{100 * row['harm'] / total:.1f}",
+            "–" if row["estimate"] is None else f"{row['estimate']:.4g}", f"{row['loss']:.5f}",
+            f"{100 * row['disagreement']:.1f}",
             f"{row['bytes']:,}" if row["kind"] == "weight" else "–",
         ]
         for row in rows

@@ -164,7 +164,7 @@ def _harms(job: Job, images: Iterable[Tensor]) -> list[Harm]:
     }
     measured = one_at_a_time({0: model}, list(kinds), kept, job.mount, lambda n: job.reporter.progress(n, len(kept)))
     weights = list(model.weight_quantizers)
-    estimates = second_order({0: model}, weights, kept, job.mount, job.recipe.seed, of_loss=True)[:, 0]
+    estimates = second_order({0: model}, weights, kept, job.mount, job.recipe.seed)[:, 0]
     estimated = dict(zip(weights, estimates.tolist(), strict=True))
     tensors = parameter_tensors(model.teacher)
     rows = []
@@ -172,8 +172,9 @@ def _harms(job: Job, images: Iterable[Tensor]) -> list[Harm]:
         bits = (model.plan.weights if kind == "weight" else model.plan.activations)[name].grid.bits
         more = max(0, WIDE - bits) * tensors[name].numel() // 8 if kind == "weight" else 0
         estimate = estimated[name] if kind == "weight" else None
-        loss, changed = float(measured.loss[i, 0]), float(measured.disagreement[i, 0])
-        rows.append(Harm(name, kind, bits, loss, changed, estimate, more))
+        found = (float(values[i, 0]) for values in (measured.logits, measured.loss, measured.disagreement))
+        harm, loss, changed = found
+        rows.append(Harm(name, kind, bits, harm, estimate, loss, changed, more))
     return rows
 
 
@@ -225,7 +226,7 @@ def _write(found: Analysis, job: Job) -> None:
     figures = {"harm.svg": harm_svg(found.harms)}
     if found.errors:
         figures["growth.svg"] = growth_svg(found.errors)
-    worst = {h.name for h in sorted(found.harms, key=lambda h: h.loss, reverse=True)[:FIGURES]}
+    worst = {h.name for h in sorted(found.harms, key=lambda h: h.harm, reverse=True)[:FIGURES]}
     for fact in found.tensors:
         if fact.name in worst:
             safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in fact.name)
