@@ -75,8 +75,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "banner-all": _analytic(_MINMAX, _CLIPPING, _ALLOCATION, _CORRECTION),
     # What CalibQuant does without a gradient, deployable as integers.
     "analytic": _analytic(
-        {"weights": {"observer": "mse"}, "activations": {"observer": "mse"}},
-        {"equalize": True, "bias_correction": "empirical"},
+        {"weights": {"observer": "mse", "rounding": "gram"}, "activations": {"observer": "mse"}},
+        {"bias_correction": "empirical"},
     ),
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
