@@ -1,6 +1,6 @@
 """The parts of Banner et al.'s 4-bit quantization alone and together, and CalibQuant's own method without gradients.
 
-    OMP_NUM_THREADS=1 python benchmarks/ablation.py --data DATA [--networks NAME …] [--seeds 3]
+    OMP_NUM_THREADS=1 python benchmarks/ablation.py --data DATA [--networks NAME …] [--settings w4a4 …] [--seeds 3]
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. The cells are those of `calibquant compare --preset
 aciq-ablation` and of the preset `analytic`; what was done is kept below --runs.
@@ -19,7 +19,7 @@ from calibquant.studies.compare.markdown import facts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = "analytic"
-BASE, ALL = "banner-base", "banner-all"
+BASE, SETTINGS = "banner-base", STUDIES["aciq-ablation"][1]
 CIFAR = ("calibration.count=512", "evaluation.count=2000")
 OTHER = ("model.options={shortcut: conv}", "data.preprocess.mean=[0.491, 0.482, 0.447]",
          "data.preprocess.std=[0.247, 0.243, 0.262]")  # fmt: skip
@@ -44,11 +44,11 @@ NETWORKS = {
 def study(name: str, given: Any) -> dict[str, Any]:
     """The table of one network."""
     config, weights, root, options = NETWORKS[name]
-    methods, settings = STUDIES["aciq-ablation"]
+    methods = STUDIES["aciq-ablation"][0]
     overrides = [f"data.root={given.data / root}", "export.onnx=false", f"threads={given.threads}", *options]
     overrides += [f"model.weights={given.data / 'weights' / weights}"] if weights else []
     out = given.runs / "ablation" / name.replace(" ", "-").replace(",", "")
-    done = compare(CONFIGS / config, (*methods, OWN), settings, given.seeds, BASE, overrides, out)
+    done = compare(CONFIGS / config, (*methods, OWN), given.settings, given.seeds, BASE, overrides, out)
     return done.result
 
 
@@ -70,19 +70,21 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 def text_of(networks: dict[str, Any]) -> str:
     parts = []
     for name, network in networks.items():
-        rows, settings = network["rows"], STUDIES["aciq-ablation"][1]
+        rows = network["rows"]
         cells = {(r["method"], r["setting"].lower()): r for r in rows}
-        header = ["method", *(s.upper() for s in settings), "W4A4: drop recovered"]
+        header = ["method", *(s.upper() for s in SETTINGS), "W4A4: drop recovered"]
         lines = []
         for method in dict.fromkeys(r["method"] for r in rows):
-            last = cells[method, "w4a4"]["recovered"]
+            last = cells[method, "w4a4"]["recovered"] if (method, "w4a4") in cells else None
             share = "–" if method == BASE or last is None else f"{100 * last:.0f} %"
-            lines.append([method, *(_spread(cells[method, s]) for s in settings), share])
+            lines.append([method, *(_spread(cells.get((method, s))) for s in SETTINGS), share])
         parts.append(f"## {name}\n\n{network['facts']}\n\n" + common.table(header, lines))
     return "\n".join(parts)
 
 
-def _spread(row: dict[str, Any]) -> str:
+def _spread(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
     sd = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
     return f"{100 * row['top1']:.2f}{sd}"
 
@@ -90,13 +92,17 @@ def _spread(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=[*NETWORKS], default=[*NETWORKS])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     path = common.RESULTS / "ablation.json"
     known = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.is_file() else {}
     for name in given.networks:
         result = study(name, given)
-        known[name] = {"rows": rows_of(result), "facts": facts(result), "seeds": result["seeds"]}
+        rows = rows_of(result)
+        done = {row["setting"] for row in rows}
+        others = [row for row in known.get(name, {}).get("rows", []) if row["setting"] not in done]
+        known[name] = {"rows": [*others, *rows], "facts": facts(result), "seeds": result["seeds"]}
         ordered = {n: known[n] for n in NETWORKS if n in known}
         command = "OMP_NUM_THREADS=1 python benchmarks/ablation.py --data DATA"
         common.write("ablation", command, {"networks": ordered}, text_of(ordered))
