@@ -31,6 +31,7 @@ import common
 import numpy as np
 import numpy.typing as npt
 import torch
+from export_tables import TRACED, UNTRAINED, Row, tables
 from torch import nn
 
 from calibquant import zoo
@@ -51,16 +52,14 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = ("W4A4", "W8A8", "W2A2", "W2A4", "W4A8", "W3A3", "W5A6")
 FLOAT, DEPLOY, INT8 = "float.onnx", "deploy.onnx", "deploy-int8.onnx"
 BATCH, CHUNK = 25, 8  # images at a time: for logits; for codes, of which every value is held three times
-TRACED = 6  # flips of a row that are followed to the first code that differs
 ROUNDS, SECONDS, PEER_IMAGES = 15, 0.05, 32  # of speed
 NETWORKS = {  # configuration, weights, folder; images for calibration, decisions, codes and OpenVINO
     "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", ".", (256, 5000, 256, 2000)),
     "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", (100, 650, 200, 300)),
     "SqueezeNet 1.1": ("squeezenet-imagenet.yaml", "squeezenet1_1_gluon_fp32.pt", "imagenet", (100, 650, 200, 300)),
-    "ResNet-18": ("squeezenet-imagenet.yaml", "", "imagenet", (50, 50, 16, 50)),
+    UNTRAINED: ("squeezenet-imagenet.yaml", "", "imagenet", (50, 50, 16, 50)),
 }
 Array = npt.NDArray[Any]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,57 +300,7 @@ def openvino(case: Case) -> Row:
             "largest": float(np.abs(want - got).max())}  # fmt: skip
 
 
-RATIO = "{ratios[%d][0]:.2f} ({ratios[%d][1]:.2f}–{ratios[%d][2]:.2f})"
 PARTS = {"parity": parity, "size": size, "openvino": openvino, "speed": speed}
-COLUMNS = {
-    "parity": {
-        "images": "{codes[images]}", "codes": "{codes[compared]:,}", "other than the executor's": "{codes[differing]}",
-        "other than the simulation's (steps)": "{codes[simulation_differing]:,} ({codes[simulation_largest]})",
-        "decisions": "{images}", "changed": "{changed}",
-        "changed by the simulation in float32": "{float32[changed]}",
-        "top-1 simulated; deployed": "{top1[0]:.2%}; {top1[1]:.2%}",
-        "logit error (median; largest)": "{logit_error_median:.1e}; {logit_error_largest:.1e}",
-        "same logits in the older runtime": "{old[runtime]}: {old[images_equal]}/{old[images]}",
-    },
-    "size": {"float": "{bytes[float.onnx]:,}", "deploy": "{bytes[deploy.onnx]:,}",
-             "--storage int8": "{bytes[deploy-int8.onnx]:,}", "both give the same logits": "{same}"},
-    "openvino": {"OpenVINO": "{openvino}", "file": "{file}", "images": "{images}", "decisions changed": "{changed}",
-                 "logits differ by at most": "{largest:.2g}"},
-    "speed": {"file": "{what}", "batch": "{batch}", "ms a batch": "{ms:.2f}",
-              "times as fast as float (quartiles)": RATIO % (0, 0, 0), f"as {PEER}": RATIO % (1, 1, 1)},
-    "flips": {"image": "{image}", "margin": "{margin:.2g}", "logit error": "{error:.2g}",
-              "first value with other codes": "{step}", "codes": "{codes} of {of}",
-              "the simulation's distance from a tie": "{tie_simulation:.0e}"},
-}  # fmt: skip
-
-
-def table(part: str, rows: list[Row], inner: str = "") -> str:
-    """A line for each row, or for each of the rows within it."""
-    lines = [[row["network"], row["setting"], *(text.format(**line) for text in COLUMNS[part].values())]
-             for row in rows for line in (row[inner] if inner else [row])]  # fmt: skip
-    return common.table(["network", "setting", *COLUMNS[part]], lines)
-
-
-def flips(rows: list[Row]) -> str:
-    """The share of equal decisions, and the first flips of each row."""
-    trained = [row for row in rows if NETWORKS[row["network"]][1]]
-    count, wrong = (sum(row[key] for row in trained) for key in ("images", "changed"))
-    within = [flip["within"] for row in rows for flip in row["flips"]]
-    traced = [row | {"flips": [flip for flip in row["flips"] if "step" in flip]} for row in rows]
-    text = f"\nONNX Runtime {rows[0]['runtime']}. Of trained networks {count - wrong} of {count} decisions are equal; "
-    text += f"{sum(within)} of {len(within)} flips have a margin within their image's logit error. "
-    return text + f"The first {TRACED} flips of a row:\n\n" + table("flips", traced, "flips")
-
-
-def tables(facts: dict[str, list[Row]]) -> str:
-    text = "Boundary `qdrop`, integer placement, nearest rounding, `mse` ranges, one thread.\n"
-    for part, every in facts.items():
-        rows = [row for row in every if "error" not in row]
-        if rows:
-            text += f"\n## {part.capitalize()}\n\n" + table(part, rows, "rows" if part == "speed" else "")
-        text += flips(rows) if rows and part == "parity" else ""
-        text += "".join(f"\n{r['network']} {r['setting']} failed: {r['error']}\n" for r in every if "error" in r)
-    return text
 
 
 def load() -> dict[str, list[Row]]:
