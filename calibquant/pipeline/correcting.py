@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibquant.data import batches
 from calibquant.errors import RecipeError
 from calibquant.graph import equalize, with_biases
 from calibquant.pipeline.preparing import Prepared
@@ -101,4 +100,4 @@ def _tell(what: str, rows: list[Correction], reporter: Reporter) -> None:
 
 
 def _images(recipe: Recipe, prepared: Prepared) -> Iterator[Tensor]:
-    return (batch.images for batch in batches(prepared.images, recipe.calibration.batch_size))
+    return prepared.batches(recipe.calibration.batch_size)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.data import batches
 from calibquant.errors import QuantizationError, RecipeError
 from calibquant.graph.macs import macs
 from calibquant.numerics.budget import Array, quadratic_cost
@@ -213,9 +212,7 @@ def _ends(choices: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _images(recipe: Recipe, prepared: Prepared, which: slice, device: torch.device) -> Iterator[Tensor]:
-    chosen = range(len(prepared.images))[which]
-    for batch in batches(prepared.images.subset(chosen), recipe.calibration.batch_size):
-        yield batch.images.to(device)
+    return prepared.batches(recipe.calibration.batch_size, which, device)
 
 
 def _mount(prepared: Prepared, device: torch.device) -> Callable[[nn.Module], nn.Module]:

@@ -55,6 +55,14 @@ class Prepared:
         """How many tensors the teacher takes."""
         return sum(node.op == "placeholder" for node in self.teacher.graph.nodes)
 
+    def batches(
+        self, batch_size: int, which: slice = slice(None), device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """Calibration images, (N, C, H, W) float32, batch by batch on a device; `which` of them, all by default."""
+        chosen = range(len(self.images))[which]
+        for batch in batches(self.images.subset(chosen), batch_size):
+            yield batch.images.to(device)
+
     def inputs(self, batch_size: int, count: int | None = None) -> Iterator[Tensor]:
         """What enters the teacher in the float network, (N, ...) float32, batch by batch and at each of its calls.
 

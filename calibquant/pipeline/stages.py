@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.data import ImageSet, batches, manifest_csv
+from calibquant.data import ImageSet, manifest_csv
 from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device
@@ -325,7 +325,7 @@ def range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
     """The images on which activation ranges are found, on the device, batch by batch."""
     images = job.prepared.images
     count, done = min(job.recipe.calibration.range_count or len(images), len(images)), 0
-    for batch in batches(images.subset(range(count)), job.recipe.calibration.batch_size):
-        yield batch.images.to(job.device)
-        done += len(batch.images)
+    for batch in job.prepared.batches(job.recipe.calibration.batch_size, slice(count), job.device):
+        yield batch
+        done += len(batch)
         reporter.progress(done, count)

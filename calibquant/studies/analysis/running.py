@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.data import ImageSet, batches
+from calibquant.data import ImageSet
 from calibquant.errors import RecipeError
 from calibquant.export.artifact import size_of
 from calibquant.parallel import set_threads
@@ -151,8 +151,7 @@ def analyze(
 
 
 def _batches(job: Job, count: int) -> Iterator[Tensor]:
-    for batch in batches(job.prepared.images.subset(range(count)), BATCH):
-        yield batch.images.to(job.device)
+    return job.prepared.batches(BATCH, slice(count), job.device)
 
 
 def _harms(job: Job, images: Iterable[Tensor]) -> list[Harm]:
