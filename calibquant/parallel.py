@@ -1,17 +1,41 @@
-"""Threads and devices: the only place that asks torch where and how wide to run."""
+"""Threads, memory and devices: the only place that asks torch where and how wide to run."""
 
 from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
 
 import torch
 
 from calibquant.errors import RecipeError
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
+LARGEST_KEPT = 256 << 20  # bytes; a larger tensor, such as all images' features, goes back to the system when freed
+
 
 def set_threads(count: int | None) -> int:
-    """Set torch's CPU threads (None leaves them) and return the number in force."""
+    """Set torch's CPU threads (None leaves them) and return the number in force.
+
+    From then on the process also keeps the memory that it frees.
+    """
+    _keep_freed_memory()
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let tensors reuse freed memory; no value that is computed changes.
+
+    By default glibc gives each tensor over 32 MB back to the system, and a network on images of 224 x 224 then spends
+    most of its time on having the pages of new ones cleared: see benchmarks/results/memory.md.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never
 
 
 def resolve_device(name: str) -> torch.device:
