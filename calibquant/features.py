@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.errors import RunFolderError
+from calibquant.parallel import images_at_once
 
 Piece = Callable[[Sequence[str], Sequence[str]], nn.Module]
 
@@ -77,7 +78,7 @@ class Features:
         graph: the canonical graph that says what reads what.
         piece: gives a module that computes some nodes of it, as `graph.subgraph` or `QuantModel.part` do.
         images: float32, (N, C, H, W): the values of the graph's input.
-        batch_size: images in one forward pass.
+        most: images in one forward pass, at most: of large images fewer.
         device: where pieces run, in float32; values are kept on the CPU.
         store: what keeps the values that are computed (`images` stays as it is given); by default float32 in memory.
 
@@ -90,11 +91,12 @@ class Features:
         graph: fx.Graph,
         piece: Piece,
         images: Tensor,
-        batch_size: int,
+        most: int,
         device: torch.device | str = "cpu",
         store: FeatureStore | None = None,
     ) -> None:
-        self.graph, self.piece, self.batch_size, self.device = graph, piece, batch_size, device
+        self.graph, self.piece, self.device = graph, piece, device
+        self.batch_size = images_at_once(images.shape, most, device)
         self.store = store or FeatureStore()
         self.order = [n for n in graph.nodes if n.op != "get_attr"]
         self.position = {n.name: i for i, n in enumerate(self.order)}

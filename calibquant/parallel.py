@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from calibquant.errors import RecipeError
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
+VALUES_AT_ONCE = 3 << 19  # numbers in the images of a batch: ten images of 3 x 224 x 224
 LARGEST_KEPT = 256 << 20  # bytes; a larger tensor, such as all images' features, goes back to the system when freed
 
 
@@ -36,6 +39,24 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(TRIM_THRESHOLD, -1)  # never
+
+
+def images_at_once(shape: Sequence[int], most: int, device: torch.device | str = "cpu") -> int:
+    """How many images pass through a network at once where nothing depends on it.
+
+    On a CPU large batches only cost memory: more than fit its caches are not faster.
+
+    Args:
+        shape: of the network's input, (N, ...).
+        most: for small images, and on other devices.
+
+    Example:
+        >>> images_at_once((1, 3, 32, 32), 250), images_at_once((1, 3, 224, 224), 250)
+        (250, 10)
+    """
+    if torch.device(device).type != "cpu":
+        return most
+    return max(1, min(most, VALUES_AT_ONCE // math.prod(shape[1:])))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,6 +13,9 @@ from torch import Tensor
 from calibquant.data import Batch, ImageSet, batches, check_labels
 from calibquant.errors import DataError, ModelError
 from calibquant.metrics import ScoreAccumulator, Scores
+from calibquant.parallel import images_at_once
+
+MOST_AT_ONCE = 250  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,7 @@ class Evaluation:
 def evaluate(
     network: Callable[[Tensor], Tensor],
     images: ImageSet,
-    batch_size: int,
+    batch_size: int | None = None,
     count: int | None = None,
     reference: npt.NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -47,7 +50,7 @@ def evaluate(
     Args:
         network: from images (N, C, H, W) to logits (N, classes). A Module must be in eval mode and on `device` already.
         images: the set; labels may be unknown.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass; None takes 250, of large images fewer.
         count: only the first `count` images; None or more than there are means all.
         reference: the predictions of another network on the same images, for the agreement.
         progress: called after each batch with the images done and the images in all.
@@ -69,6 +72,8 @@ def evaluate(
     if total < 1:
         raise DataError("evaluation", "there are no images to evaluate on", "give at least one image")
     chosen = images.subset(range(total))
+    if batch_size is None:
+        batch_size = images_at_once(next(batches(chosen, 1)).images.shape, MOST_AT_ONCE, device)
     accumulator, indices, kept = ScoreAccumulator(), list[int](), list[Tensor]()
     for batch in batches(chosen, batch_size):
         logits = _forward(network, batch, images, device)

@@ -247,7 +247,9 @@ class EvaluationRecipe(Section):
     """How the float and the quantized network are measured."""
 
     count: int | None = Field(default=None, ge=1, description="evaluate only the first `count` images")
-    batch_size: int = Field(default=250, ge=1)
+    batch_size: int | None = Field(
+        default=None, ge=1, description="images in one forward pass; none: 250, of large images fewer"
+    )
 
 
 class ExportRecipe(Section):

@@ -33,7 +33,7 @@ def feature_errors(
     off, size = torch.zeros(len(outputs), dtype=torch.float64), torch.zeros(len(outputs), dtype=torch.float64)
     with torch.no_grad():
         for images in batches:
-            entering = quantized_input(model, images, len(images), device).to(device)
+            entering = quantized_input(model, images, device).to(device)
             want, got = reference(images.to(device)), simulated(entering)
             pairs = list(zip(_several(want), _several(got), strict=True))
             off += torch.tensor([float((q - f).double().square().sum()) for f, q in pairs])

@@ -48,7 +48,7 @@ def correct_biases(
     """
     store = FeatureStore(limit=cache_limit * 1e9, folder=folder)
     graph = model.teacher.graph
-    entering = quantized_input(model, images, BATCH, device)
+    entering = quantized_input(model, images, device)
     float_side = Features(graph, partial(subgraph, model.teacher), images, BATCH, device, store)
     quantized_side = Features(graph, model.part, entering, BATCH, device, store)
     products = [n for n in graph.nodes if n.name in model.bias_deltas]

@@ -95,7 +95,7 @@ def round_weights(
         QuantizationError: what a layer reads is not finite.
     """
     layers, store = gram_layers(model), FeatureStore(getattr(torch, recipe.cache), recipe.cache_limit * 1e9, folder)
-    graph, entering = model.teacher.graph, quantized_input(model, images, BATCH, device)
+    graph, entering = model.teacher.graph, quantized_input(model, images, device)
     float_side = Features(graph, partial(subgraph, model.teacher), images, BATCH, device, store)
     quantized_side = Features(graph, model.part, entering, BATCH, device, store)
     for number, (name, nodes) in enumerate(layers.items()):
@@ -105,7 +105,10 @@ def round_weights(
                 side.advance(nodes[0].name)
             weight = parameter_tensors(model.teacher)[name]
             inputs = (_inputs(side, nodes) for side in (quantized_side, float_side))
-            places = [_Place(node, weight, x, y, device) for node, x, y in zip(nodes, *inputs, strict=True)]
+            places = [
+                _Place(node, weight, x, y, float_side.batch_size, device)
+                for node, x, y in zip(nodes, *inputs, strict=True)
+            ]
             before, after, kept = _round(model, name, places, recipe.never_worse, unit_seed(seed, number))
             del places  # before the next layer's features take their place
             yield LayerReport(name, before, after, kept, time.perf_counter() - begin)
@@ -121,6 +124,7 @@ class _Place:
     weight: Tensor
     quantized: Tensor
     reference: Tensor
+    batch_size: int
     device: torch.device | str
 
     def moments(self, rows: Tensor, generator: torch.Generator) -> Moments:
@@ -129,7 +133,7 @@ class _Place:
         assert op is not None
         many = max(FEWEST_POSITIONS, -(-POSITIONS * _row_length(self.node, self.weight) // len(rows)))
         total: Moments | None = None
-        for some in rows.split(BATCH):
+        for some in rows.split(self.batch_size):
             with torch.no_grad():
                 x, reference = (take(values, some, self.device) for values in (self.quantized, self.reference))
                 y = product.outputs(op.run(reference, self.weight, None, **self.node.kwargs), groups)

@@ -21,7 +21,7 @@ from calibquant.reconstruction.engine import Progress, UnitData, UnitReport, lea
 from calibquant.reconstruction.losses import importance_of
 from calibquant.reconstruction.phases import Phase, granularity, phases
 
-BATCH = 64  # images in one forward pass while features advance
+BATCH = 64  # images in one forward pass while features advance, at most
 
 
 def planned_units(model: QuantModel, recipe: ReconstructRecipe, phase: Phase) -> list[Unit]:
@@ -108,7 +108,7 @@ class _Walk:
         model.enable(activations=phase.scales)
         try:
             graph, batch = model.teacher.graph, max(self.recipe.batch_size, BATCH)
-            entering = quantized_input(model, self.images, batch, device)
+            entering = quantized_input(model, self.images, device)
             float_side = Features(graph, partial(subgraph, model.teacher), self.images, batch, device, self.store)
             quantized_side = Features(graph, model.part, entering, batch, device, self.store)
             learned: set[str] = set()
@@ -169,14 +169,14 @@ class _Walk:
         return gradients
 
 
-def quantized_input(model: QuantModel, images: Tensor, batch_size: int, device: torch.device | str) -> Tensor:
+def quantized_input(model: QuantModel, images: Tensor, device: torch.device | str) -> Tensor:
     """What enters the quantized network: the images on the grid of its input's quantizer, if it has one."""
     name = next(n.name for n in model.teacher.graph.nodes if n.op == "placeholder")
     quantizer = model.activation_quantizers.get(name)
     if quantizer is None or not quantizer.enabled:
         return images
     with torch.no_grad():
-        return torch.cat([quantizer(part.to(device)).cpu() for part in images.split(batch_size)])
+        return torch.cat([quantizer(part.to(device)).cpu() for part in images.split(BATCH)])
 
 
 def unit_seed(seed: int, number: int) -> int:

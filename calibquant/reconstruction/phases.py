@@ -33,11 +33,13 @@ class Phase:
 
 
 def phases(recipe: ReconstructRecipe) -> list[Phase]:
-    """The phases of a method.
+    """The phases of a method; none without one.
 
     `adaround` (Nagel et al., ICML 2020) learns roundings; `brecq` (Li et al., ICLR 2021) does, then scales;
     `qdrop` (Wei et al., ICLR 2022) learns both at once.
     """
+    if recipe.method == "none":
+        return []
     roundings = Phase("roundings", recipe.iterations)
     if recipe.method == "adaround":
         return [roundings]

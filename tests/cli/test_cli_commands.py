@@ -109,7 +109,11 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     assert f"{plan['size']['packed'] / 1e3:.1f} kB packed" in text
     assert plan["estimated_seconds"] > 0
     assert plan["estimated_peak_bytes"] > plan["size"]["float32"]
-    learning = json.loads(command("quantize", "recipe.yaml", "--dry-run", "--json", "reconstruct.method=qdrop"))
+    learning = json.loads(
+        command(
+            "quantize", "recipe.yaml", "--dry-run", "--json", "reconstruct.method=qdrop", "reconstruct.batch_size=512"
+        )
+    )
     assert learning["estimated_seconds"] > 5 * plan["estimated_seconds"]  # 2,000 steps of 32 images a unit
     assert learning["estimated_peak_bytes"] > plan["estimated_peak_bytes"]
     done = json.loads(command("quantize", "recipe.yaml", "--json"))
