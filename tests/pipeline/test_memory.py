@@ -29,7 +29,7 @@ def sizes_of(graph: fx.GraphModule, images: Tensor) -> dict[str, int]:
 
 
 def test_live_bytes_of_a_residual_block() -> None:
-    """While the addition is computed, the shortcut, the convolution's output and the sum exist: 3 x 4 x 8 x 8 floats."""
+    """While the addition is computed, the shortcut, the convolution and the sum exist: 3 x 4 x 8 x 8 floats."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
