@@ -8,7 +8,10 @@ forkserver or spawn), so that nothing of the run's threads is copied into them; 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +69,7 @@ def load_by_processes(images: ImageSet, chunks: Sequence[Part]) -> Generator[Loa
         num_workers=images.workers,
         prefetch_factor=ahead,
         collate_fn=_as_it_is,
+        worker_init_fn=_enlist,
         multiprocessing_context=_context(),
         generator=torch.Generator(),  # its own, or the loader would draw a seed from the run's
     )
@@ -138,3 +142,16 @@ class _Parts(Dataset[Any]):
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _enlist(_: int) -> None:
+    """A process hears no Ctrl-C, which its reader does, and ends with its reader however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
