@@ -128,8 +128,34 @@ LISTS = [
          rows("file,label", "val/cat/0.png,0", "val/cat/1.png,7")),
     Case("CSV with a short row", CSV, "list.csv, line 2: has another number of fields .*; quote",
          rows("file,label", "val/cat/0.png")),
+    Case("CSV with a changed file", CSV, "val/cat/0.png: is not the file that was listed: .*; restore",
+         rows("file,label,sha256", f"val/cat/0.png,0,{'0' * 64}", "val/cat/1.png,0,")),
+    Case("CSV with half a hash", CSV, "list.csv, line 2: '00' is not a sha256; it has 64",
+         rows("file,label,sha256", "val/cat/0.png,0,00")),
     Case("CSV in UTF-16", CSV, "list.csv: is not a CSV file in UTF-8; save",
          lambda s: s.write("images/list.csv", "file,label\nä,1\n".encode("utf-16"))),
+]  # fmt: skip
+
+CLASSES = f"{F} data.classes=classes.txt"
+NAMES = ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+SHARDS = f"{F} data.kind=shards data.calibration=a.tar data.evaluation=a.tar"
+
+SETS = [
+    Case("class file missing", CLASSES, r"classes.txt: cannot be read .*; set data.classes to a class file"),
+    Case("folder of no class", CLASSES, "train/dog: 'dog' is no class of .*classes.txt; did you mean 'doge'",
+         lambda s: s.write("images/classes.txt", "cat\ndoge\n")),
+    Case("classes for digits", f"{D} data.classes=x", "data.classes: digits has classes of its own; leave it out"),
+    Case("shards not named", f"{F} data.kind=shards", "data.calibration: names no file; set it to tar files"),
+    Case("shard missing", SHARDS, "images/a.tar: there is no such file; correct data.root or the pattern"),
+    Case("shard no tar", SHARDS, "images/a.tar: is truncated or no tar file .*; download or pack it again",
+         lambda s: s.write("images/a.tar", b"x" * 2000)),
+    Case("shard truncated", SHARDS, "images/a.tar: is truncated or .*; download or pack it again",
+         lambda s: (s.tar("a.tar", *NAMES), s.cut("images/a.tar", 0.2))),
+    Case("shard compressed", SHARDS, "images/a.tar: is compressed, .*; decompress it",
+         lambda s: s.write("images/a.tar", b"\x1f\x8b" + bytes(2000))),
+    Case("shard with a corrupt image", SHARDS, r"a.tar#cat/1.png: is a truncated or corrupt image; replace .*on_error",
+         lambda s: (s.cut("images/train/cat/1.png", 0.5), s.tar("a.tar", *NAMES))),
+    Case("negative workers", f"{F} data.workers=-1", "folder.yaml, data.workers: .*greater than or equal to 0"),
 ]  # fmt: skip
 
 CIFAR = f"{F} data.kind=cifar10 model.options={{}}"
@@ -312,8 +338,8 @@ MACHINE = [
 TABLE = {
     f"{group}: {case.name}" + (" by inspect" if case.command.startswith("inspect") else ""): case
     for group, cases in (
-        ("weights", WEIGHTS), ("images", IMAGES), ("lists", LISTS), ("cifar", CIFARS), ("recipe", RECIPES),
-        ("command", COMMANDS), ("runs", RUNS), ("machine", MACHINE),
+        ("weights", WEIGHTS), ("images", IMAGES), ("lists", LISTS), ("sets", SETS), ("cifar", CIFARS),
+        ("recipe", RECIPES), ("command", COMMANDS), ("runs", RUNS), ("machine", MACHINE),
     )
     for case in cases
 }  # fmt: skip

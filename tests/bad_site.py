@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,12 @@ class Site:
             pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).convert(mode).save(path)
         return path
+
+    def tar(self, name: str, *members: str) -> None:
+        """images/NAME: a tar of some of images/train."""
+        with tarfile.open(self.root / "images" / name, "w") as tar:
+            for member in members:
+                tar.add(self.root / "images/train" / member, arcname=member)
 
     def cut(self, name: str, keep: float) -> None:
         """Keep the first part of a file."""

@@ -38,11 +38,15 @@ class CifarFile:
 class CifarImages(ImageSet):
     """The images of one or more CIFAR-10 files, in file order; names are `data_batch_1.bin#17`."""
 
-    def __init__(self, files: list[CifarFile], settings: Preprocess) -> None:
+    def __init__(self, root: Path, split: str, settings: Preprocess, files: list[CifarFile]) -> None:
         super().__init__(list(CLASSES))
+        self._root, self._split, self._settings = root, split, settings
         self.files = files
-        self._settings = settings
         self._ends = list(accumulate(len(file.labels) for file in files))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Another process opens the files itself: the arrays that are mapped into memory would be sent whole."""
+        return open_cifar10, (self._root, self._split, self._settings)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -112,7 +116,7 @@ def open_cifar10(root: Path, split: str, settings: Preprocess) -> CifarImages:
         for base in (root, root / folder):
             paths = [path for stem in stems if (path := base / f"{stem}{suffix}").is_file()]
             if paths:
-                return CifarImages([_open_file(path, read) for path in paths], settings)
+                return CifarImages(root, split, settings, [_open_file(path, read) for path in paths])
     problem = f"holds no CIFAR-10 files of the split {split} ({stems[0]}.bin or {stems[0]})"
     raise DataError(root, problem, "set data.root to the folder that holds cifar-10-batches-bin or cifar-10-batches-py")
 

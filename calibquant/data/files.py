@@ -1,149 +1,116 @@
-"""Sets of image files: a folder with a folder for each class, a plain folder, or a CSV list."""
+"""Image files: a folder with a folder for each class, or a plain folder; `lists.py` has the lists of files."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
-
-from calibquant.data.imageset import ImageSet, OnError
-from calibquant.data.preprocess import decode, preprocess, unreadable
+from calibquant.data.classes import Classes
+from calibquant.data.encoded import EncodedImages, Strings
+from calibquant.data.imageset import OnError, UnreadableImageError
 from calibquant.errors import DataError
 from calibquant.recipe import Preprocess
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-@dataclass(frozen=True)
-class Listed:
-    """One image of a set: its file, and its label where known."""
+class FileImages(EncodedImages):
+    """Image files under a root; names are paths relative to it, or absolute ones.
 
-    path: Path
-    label: int | None
-
-
-class FileImages(ImageSet):
-    """Image files under a root, decoded when they are asked for; names are paths relative to the root."""
+    Args:
+        root: what relative names are relative to.
+        digests: the sha256 that each file must have, "" where none is known; None when none is.
+    """
 
     def __init__(
-        self, root: Path, items: list[Listed], settings: Preprocess, classes: list[str] | None, on_error: OnError
+        self,
+        root: Path,
+        names: Strings,
+        labels: Sequence[int | None],
+        settings: Preprocess,
+        classes: list[str] | None,
+        on_error: OnError,
+        digests: Strings | None = None,
     ) -> None:
-        super().__init__(classes, on_error)
-        self._root, self._items, self._settings = root, items, settings
+        super().__init__(names, labels, settings, classes, on_error)
+        self._root, self._digests = root, digests
 
-    def __len__(self) -> int:
-        return len(self._items)
+    def where(self, i: int) -> str:
+        return str(self._root / self.name(i))
 
-    def image(self, i: int) -> Tensor:
-        where = str(self._items[i].path)
-        return preprocess(decode(self._items[i].path, self._settings.color, where), self._settings, where)
-
-    def label(self, i: int) -> int | None:
-        return self._items[i].label
-
-    def name(self, i: int) -> str:
-        path = self._items[i].path
-        return (path.relative_to(self._root) if path.is_relative_to(self._root) else path).as_posix()
-
-    def sha256(self, i: int) -> str:
-        path = self._items[i].path
+    def read(self, i: int) -> bytes:
+        path = self._root / self.name(i)
+        skip = "or set data.on_error to skip"
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UnreadableImageError(path, "there is no such file", f"correct the path, {skip}") from None
         except OSError as error:
-            raise unreadable(path, str(path), error) from None
+            problem = f"cannot be read ({error.strerror})"
+            raise UnreadableImageError(path, problem, f"make the file readable, {skip}") from None
+        digest = self._digests[i] if self._digests else ""
+        if digest and hashlib.sha256(data).hexdigest() != digest:
+            mend = "restore the file, or take the column sha256 out of the list"
+            raise DataError(path, "is not the file that was listed: its sha256 is another", mend)
+        return data
 
-    def labels(self) -> npt.NDArray[np.int64]:
-        return np.array([-1 if item.label is None else item.label for item in self._items], dtype=np.int64)
 
-
-def open_folder(root: Path, subfolder: str, settings: Preprocess, on_error: OnError = "fail") -> FileImages:
+def open_folder(
+    root: Path, subfolder: str, settings: Preprocess, on_error: OnError = "fail", classes: Classes | None = None
+) -> FileImages:
     """Open root/subfolder/CLASS/…/IMAGE, or root/subfolder/IMAGE without labels.
 
-    Classes are the folders sorted by name; their rank is the label. Hidden files and folders are left out.
+    Classes are the folders sorted by name; their rank is the label, unless `classes` say which class a folder holds.
+    Hidden files and folders are left out.
 
     Raises:
-        DataError: the folder is missing, holds no images, or holds images beside class folders.
+        DataError: the folder is missing or cannot be read, holds no images, holds images beside class folders, or a
+            folder is none of the classes.
     """
     folder = root / subfolder
     if not folder.is_dir():
-        found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
-        mend = f"name one of the folders there: {found}" if found else "correct data.root"
+        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+        mend = f"name one of the folders there: {there}" if there else "correct data.root"
         raise DataError(folder, "there is no such folder", mend)
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    labelled = [Listed(path, label) for label, name in enumerate(classes) for path in _images(folder / name, "**/*")]
-    plain = [Listed(path, None) for path in _images(folder, "*")]
-    if labelled and plain:
-        problem = f"holds images ({plain[0].path.name}) beside class folders ({classes[0]})"
-        raise DataError(folder, problem, "move the images into class folders, or the folders away")
-    if not labelled and not plain:
-        raise DataError(folder, "holds no images", f"put files there that end in {', '.join(EXTENSIONS)}")
-    return FileImages(root, labelled or plain, settings, classes if labelled else None, on_error)
-
-
-def _images(folder: Path, pattern: str) -> list[Path]:
-    """The image files that match, sorted by their path's parts."""
-    found = (p for p in folder.glob(pattern) if p.suffix.lower() in EXTENSIONS and p.is_file())
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def open_csv(root: Path, name: str, settings: Preprocess, on_error: OnError = "fail") -> FileImages:
-    """Open a list of images: a CSV file with the header `file,label` or `path,…,label`; other columns are ignored.
-
-    Paths are relative to the root, or absolute. The label column may be missing, and a label may be empty.
-
-    Raises:
-        DataError: the list cannot be read, lacks its file column, holds no rows, or a row is not valid; names the line.
-    """
-    path = root / name
-    rows = read_rows(path)
-    header = rows[0][1] if rows else {}
-    key = next((column for column in ("file", "path") if column in header), None)
-    if key is None:
-        raise DataError(path, "holds no rows under a header with the column file", "write file,label as the first line")
-    items = []
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        if not row[key]:
-            raise DataError(where, "names no file", f"fill the column {key}")
-        items.append(Listed(root / row[key], parse_label(row.get("label", ""), where)))
-    return FileImages(root, items, settings, None, on_error)
-
-
-def parse_label(text: str, where: str) -> int | None:
-    """A label of a CSV file: a whole number from 0, or None for an empty field.
-
-    Raises:
-        DataError: it is neither.
-    """
-    text = text.strip()
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise DataError(where, f"label '{text}' is not a class index", "write a whole number from 0")
-    return int(text)
-
-
-def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Rows of a CSV file with a header: each with the number of its last line.
-
-    Raises:
-        DataError: the file cannot be read, or a row has more or fewer fields than the header.
-    """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
+        folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = sorted(_images(folder, links=True))
     except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror})", "give the path of a CSV file") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise DataError(path, "is not a CSV file in UTF-8", "save it as CSV, UTF-8") from None
-    for line, row in rows:
-        if None in row or None in row.values():
-            problem = "has another number of fields than the header"
-            raise DataError(f"{path}, line {line}", problem, "quote fields that hold commas")
-    return [(line, {key.strip(): value for key, value in row.items()}) for line, row in rows]
+        where, mend = error.filename or folder, "make the folder readable"
+        raise DataError(where, f"cannot be read ({error.strerror})", mend) from None
+    if not found:
+        raise DataError(folder, "holds no images", f"put files there that end in {', '.join(EXTENSIONS)}")
+    plain, labelled = ([parts for parts in found if (len(parts) > 1) == deep] for deep in (False, True))
+    if labelled and plain:
+        problem = f"holds images ({plain[0][0]}) beside class folders ({folders[0]})"
+        raise DataError(folder, problem, "move the images into class folders, or the folders away")
+    base = relative(root, folder)
+    names = Strings("/".join(parts if base == "." else (base, *parts)) for parts in found)
+    shown = list(classes.names) if classes else folders if labelled else None
+    if not labelled:
+        return FileImages(root, names, [None] * len(found), settings, shown, on_error)
+    used = folders if classes is None else sorted({parts[0] for parts in labelled})
+    ranks = {name: classes.index(name, str(folder / name)) if classes else rank for rank, name in enumerate(used)}
+    return FileImages(root, names, [ranks[parts[0]] for parts in found], settings, shown, on_error)
+
+
+def relative(root: Path, path: Path) -> str:
+    """The path from the root on, or the whole path if it is not below."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _images(folder: Path | str, links: bool = False) -> Iterator[tuple[str, ...]]:
+    """The image files below a folder, as the parts of their paths from there, in any order.
+
+    Links to folders are followed directly in it if `links`, and nowhere deeper, where they could form circles.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=links):
+                yield from ((entry.name, *parts) for parts in _images(entry.path))
+            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                yield (entry.name,)

@@ -27,12 +27,14 @@ class ImageSet(ABC):
     Attributes:
         classes: names of the classes in label order, or None when unknown.
         on_error: what `batches` does with an unreadable image.
+        workers: processes in which `batches` decodes; 0 for threads of this one. The same images come either way.
         skipped: names of the images that `batches` found unreadable and left out.
     """
 
     def __init__(self, classes: list[str] | None = None, on_error: OnError = "fail") -> None:
         self.classes = classes
         self.on_error: OnError = on_error
+        self.workers = 0
         self.skipped: set[str] = set()
 
     @abstractmethod
@@ -79,6 +81,7 @@ class Subset(ImageSet):
     def __init__(self, base: ImageSet, indices: Sequence[int]) -> None:
         super().__init__(base.classes, base.on_error)
         self.base, self.indices = base, check_indices(indices, len(base))
+        self.workers = base.workers
         self.skipped = base.skipped  # shared, so that a file is reported once however often it is drawn
 
     def __len__(self) -> int:

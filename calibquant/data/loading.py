@@ -1,25 +1,26 @@
-"""Batches: images decoded ahead by a few threads, delivered in the order asked for."""
+"""Batches: images decoded ahead by a few threads or processes, delivered in the order asked for."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from calibquant.data.imageset import ImageSet, UnreadableImageError, check_indices
+from calibquant.data.workers import Loaded, Part, load, load_by_processes
 from calibquant.errors import DataError
 
-MOST_WORKERS = 4
+MOST_THREADS = 4
 PREFETCH = 2  # batches decoded while the network works on another
+WORTH_PROCESSES = 256  # fewer images are decoded before processes have started
 
 logger = logging.getLogger("calibquant")
-
-Loaded = list[tuple[int, Tensor | UnreadableImageError]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Batch:
 def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
     """The images of a set in batches, in order; the last batch may be smaller.
 
-    With `on_error: skip` unreadable images are left out of their batch and logged once.
+    With `on_error: skip` unreadable images are left out of their batch and logged once. With `workers` images are
+    decoded in processes if they are many; the batches are the same, bit by bit.
 
     Args:
         images: the set.
@@ -62,62 +64,57 @@ def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = N
     return _deliver(images, [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)])
 
 
-def _deliver(images: ImageSet, chunks: list[tuple[int, ...]]) -> Iterator[Batch]:
-    workers = min(MOST_WORKERS, torch.get_num_threads())  # the recipe's `threads`
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="calibquant-data")
-    pending: deque[list[Future[Loaded]]] = deque()
+def _deliver(images: ImageSet, chunks: list[Part]) -> Iterator[Batch]:
+    apart = images.workers > 0 and sum(map(len, chunks)) >= WORTH_PROCESSES
     delivered = False
-    try:
-        for chunk in chunks:
-            pending.append(_submit(pool, workers, images, chunk))
-            if len(pending) > PREFETCH:
-                for batch in _collect(images, pending.popleft()):
-                    delivered = True
-                    yield batch
-        while pending:
-            for batch in _collect(images, pending.popleft()):
+    with closing((load_by_processes if apart else _load_by_threads)(images, chunks)) as arriving:
+        for chunk, loaded in zip(chunks, arriving, strict=True):
+            batch = _collect(images, chunk, loaded)
+            if batch is not None:
                 delivered = True
                 yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
     if chunks and not delivered:
         first = images.name(chunks[0][0])
         raise DataError(first, "this image and all others are unreadable", "correct data.root or replace the files")
 
 
-def _submit(pool: ThreadPoolExecutor, workers: int, images: ImageSet, chunk: tuple[int, ...]) -> list[Future[Loaded]]:
-    """Share a batch among the workers, in slices: a task for each small image would cost more than its decoding."""
-    share = -(-len(chunk) // workers)
-    return [pool.submit(_load, images, chunk[i : i + share]) for i in range(0, len(chunk), share)]
+def _load_by_threads(images: ImageSet, chunks: Sequence[Part]) -> Generator[Loaded]:
+    """The images of each chunk in order, decoded up to PREFETCH chunks ahead."""
+    threads = min(MOST_THREADS, torch.get_num_threads())  # the recipe's `threads`
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="calibquant-data")
+    pending: deque[list[Future[Loaded]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(_submit(pool, threads, images, chunk))
+            if len(pending) > PREFETCH:
+                yield [image for future in pending.popleft() for image in future.result()]
+        while pending:
+            yield [image for future in pending.popleft() for image in future.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _load(images: ImageSet, part: tuple[int, ...]) -> Loaded:
-    loaded: Loaded = []
-    for i in part:
-        try:
-            loaded.append((i, images.image(i)))
-        except UnreadableImageError as error:
-            if images.on_error == "fail":
-                raise
-            loaded.append((i, error))
-    return loaded
+def _submit(pool: ThreadPoolExecutor, threads: int, images: ImageSet, chunk: Part) -> list[Future[Loaded]]:
+    """Share a batch among the threads, in slices: a task for each small image would cost more than its decoding."""
+    share = -(-len(chunk) // threads)
+    return [pool.submit(load, images, chunk[i : i + share]) for i in range(0, len(chunk), share)]
 
 
-def _collect(images: ImageSet, futures: list[Future[Loaded]]) -> list[Batch]:
+def _collect(images: ImageSet, chunk: Part, loaded: Loaded) -> Batch | None:
     """One batch, or none when each of its images was skipped."""
     kept: list[tuple[int, Tensor]] = []
-    for i, image in (pair for future in futures for pair in future.result()):
+    for i, image in zip(chunk, loaded, strict=True):
         if isinstance(image, Tensor):
             kept.append((i, image))
         else:
             _report(images, images.name(i), image)
     if not kept:
-        return []
+        return None
     indices = tuple(i for i, _ in kept)
     stacked = _stack(images, indices, [image for _, image in kept])
     known = (images.label(i) for i in indices)
     labels = torch.tensor([-1 if label is None else label for label in known], dtype=torch.int64)
-    return [Batch(stacked, labels, indices)]
+    return Batch(stacked, labels, indices)
 
 
 def _report(images: ImageSet, name: str, error: UnreadableImageError) -> None:
@@ -133,7 +130,8 @@ def _stack(images: ImageSet, indices: tuple[int, ...], tensors: list[Tensor]) ->
             problem = f"is {sizes[0]} but {images.name(indices[0])} of the same batch is {sizes[1]}"
             raise DataError(images.name(i), problem, "set data.preprocess.resize and crop")
     stacked = torch.stack(tensors)
-    if not torch.isfinite(stacked).all():
-        wrong = next(i for i, tensor in zip(indices, tensors, strict=True) if not torch.isfinite(tensor).all())
-        raise DataError(images.name(wrong), "holds NaN or infinity", "repair or remove the image")
+    if not torch.isfinite(stacked.sum()):  # NaN and infinity reach the sum, which is a quick look; it may overflow too
+        wrong = next((i for i, t in zip(indices, tensors, strict=True) if not torch.isfinite(t).all()), None)
+        if wrong is not None:
+            raise DataError(images.name(wrong), "holds NaN or infinity", "repair or remove the image")
     return stacked

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from calibquant.data.files import parse_label, read_rows
 from calibquant.data.imageset import ImageSet, check_indices
+from calibquant.data.lists import parse_digest, parse_label, read_rows
 from calibquant.errors import DataError
 
 
@@ -138,12 +138,9 @@ def read_manifest(path: str | Path) -> Manifest:
 def _parse_row(row: dict[str, str], where: str) -> ManifestRow:
     if not row["path"]:
         raise DataError(where, "names no image", "fill the column path")
-    digest = row["sha256"].strip().lower()
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise DataError(where, f"'{row['sha256'][:20]}' is not a sha256", "it has 64 hexadecimal digits")
     return ManifestRow(
         row["path"],
-        digest,
+        parse_digest(row["sha256"], where),
         parse_label(row["label"], where),
         _parse_score(row["score"], where),
         row["strategy"],

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from calibquant.data.cifar import open_cifar10
+from calibquant.data.classes import read_classes
 from calibquant.data.digits import DigitImages
-from calibquant.data.files import open_csv, open_folder
+from calibquant.data.files import open_folder
 from calibquant.data.imageset import ImageSet
+from calibquant.data.lists import open_csv
 from calibquant.data.preprocess import check_preprocess
+from calibquant.data.shards import open_shards
 from calibquant.errors import DataError, nearest
-from calibquant.recipe import DataRecipe
+from calibquant.recipe import DataRecipe, Preprocess
 
 Split = Literal["calibration", "evaluation"]
 
@@ -24,7 +27,7 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
 
     Args:
         recipe: the recipe's `data`. Where it names no set, cifar10 and digits take train and test, folder takes train
-            and val; csv has no default. Digits have one channel: their mean and std need length 1.
+            and val; csv and shards have no default. Digits have one channel: their mean and std need length 1.
         split: which of the two sets.
 
     Raises:
@@ -42,16 +45,25 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
     settings = own or recipe.preprocess
     field = "data.calibration_preprocess" if own else "data.preprocess"
     check_preprocess(settings, 1 if recipe.kind == "digits" else 3, field)
-    if recipe.kind == "digits":
-        return DigitImages(_official_split(chosen, split), settings)
+    images = _open(recipe, split, chosen, settings)
+    images.workers = recipe.workers
+    return images
+
+
+def _open(recipe: DataRecipe, split: Split, chosen: str | None, settings: Preprocess) -> ImageSet:
+    if recipe.kind in ("cifar10", "digits"):
+        if recipe.classes is not None:
+            raise DataError("data.classes", f"{recipe.kind} has classes of its own", "leave it out")
+        name = _official_split(chosen, split)
+        return DigitImages(name, settings) if recipe.kind == "digits" else open_cifar10(_root(recipe), name, settings)
     root = _root(recipe)
-    if recipe.kind == "cifar10":
-        return open_cifar10(root, _official_split(chosen, split), settings)
+    classes = None if recipe.classes is None else read_classes(root / recipe.classes)
     if recipe.kind == "folder":
-        return open_folder(root, chosen or _FOLDERS[split], settings, recipe.on_error)
+        return open_folder(root, chosen or _FOLDERS[split], settings, recipe.on_error, classes)
+    what, opened = ("tar files", open_shards) if recipe.kind == "shards" else ("a CSV file", open_csv)
     if chosen is None:
-        raise DataError(f"data.{split}", "names no file", "set it to a CSV file, as a path relative to data.root")
-    return open_csv(root, chosen, settings, recipe.on_error)
+        raise DataError(f"data.{split}", "names no file", f"set it to {what}, as a path relative to data.root")
+    return opened(root, chosen, settings, recipe.on_error, classes)
 
 
 def _official_split(chosen: str | None, split: Split) -> str:

@@ -6,7 +6,7 @@ networks trained there see the input they know. Like there, an EXIF orientation 
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import numpy as np
 import numpy.typing as npt
@@ -47,27 +47,30 @@ def check_preprocess(settings: Preprocess, channels: int, field: str = "data.pre
             raise DataError(f"{field}.{name}", f"has length {len(values)} but these are {what}", one)
 
 
-def decode(path: Path, color: str, name: str) -> Image.Image:
-    """Read an image file as 8-bit RGB.
+def decode(data: bytes, color: str, name: str) -> Image.Image:
+    """An encoded image as 8-bit RGB.
 
     Grey images of 16 or 32 bits are refused, since PIL would saturate them; of 16-bit colour PIL keeps the high bytes.
 
     Args:
-        path: the file.
+        data: the content of an image file.
         color: "convert" brings grey, palette, CMYK and transparent images to RGB as PIL does; "strict" refuses them.
         name: names the image in errors.
 
     Raises:
-        UnreadableImageError: the file is missing, empty, truncated or corrupt.
+        UnreadableImageError: it is empty, truncated or corrupt.
         DataError: the image has more than 8 bits a channel, or is not RGB under "strict".
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
     except MemoryError:
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise whatever their parsing stumbles over
-        raise unreadable(path, name, error) from None
+        large = isinstance(error, Image.DecompressionBombError)
+        problem = "has more pixels than Pillow opens" if large else "is a truncated or corrupt image"
+        mend = f"{'make it smaller' if large else 'replace or remove it'}, or set data.on_error to skip"
+        raise UnreadableImageError(name, problem if data else "is empty", mend) from None
     if image.mode.startswith(("I", "F")):
         problem = f"has more than 8 bits a channel (PIL mode {image.mode})"
         raise DataError(name, problem, "convert it to 8 bits")
@@ -80,19 +83,6 @@ def decode(path: Path, color: str, name: str) -> Image.Image:
         return image.convert("RGB")
     except ValueError:
         raise DataError(name, f"cannot become RGB (PIL mode {image.mode})", "convert the file to RGB") from None
-
-
-def unreadable(path: Path, name: str, error: Exception) -> UnreadableImageError:
-    """The error for a file that cannot be read, by its most telling cause."""
-    skip = "or set data.on_error to skip"
-    if isinstance(error, FileNotFoundError):
-        return UnreadableImageError(name, "there is no such file", f"correct the path, {skip}")
-    if isinstance(error, OSError) and error.errno is not None:
-        return UnreadableImageError(name, f"cannot be read ({error.strerror})", f"make the file readable, {skip}")
-    if isinstance(error, Image.DecompressionBombError):
-        return UnreadableImageError(name, "has more pixels than Pillow opens", f"make the image smaller, {skip}")
-    problem = "is empty" if path.is_file() and path.stat().st_size == 0 else "is a truncated or corrupt image"
-    return UnreadableImageError(name, problem, f"replace or remove the file, {skip}")
 
 
 def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
@@ -129,8 +119,9 @@ def center_crop(image: Image.Image, size: Size, name: str) -> Image.Image:
 
 
 def normalize(pixels: npt.NDArray[np.uint8], settings: Preprocess) -> Tensor:
-    """Scale bytes of shape (C, H, W) to [0, 1] and apply (x - mean) / std: float32, the same shape."""
-    values = torch.from_numpy(pixels.astype(np.float32)).div_(255)
+    """Scale bytes of shape (C, H, W) to [0, 1] and apply (x - mean) / std: float32, the same shape, contiguous."""
+    # Transposed as bytes, not as floats: a third of the time, and later copies are straight.
+    values = torch.from_numpy(pixels.astype(np.uint8, order="C")).float().div_(255)
     mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(settings.std, dtype=torch.float32)[:, None, None]
     return values.sub_(mean).div_(std)

@@ -34,7 +34,8 @@ def evaluate_onnx(
         reporter: hears of steps and progress.
 
     Returns:
-        `file`, `recipe` and the scores under `deployed`; for a file in a run also `run`, `setting`, and the scores
+        `file`, `recipe`, the scores under `deployed`, and under `skipped` the names of unreadable images that were left
+        out; for a file in a run also `run`, `setting`, and the scores
         under `float` and `quantized`. `deployed` and `quantized` have the agreement with the float network, and
         `agreement_with_simulation` is how often the file and the simulation decide alike.
 
@@ -56,8 +57,10 @@ def evaluate_onnx(
     result: dict[str, Any] = {"file": str(path), "recipe": str(recipe_file or beside)}
     if folder is None:
         begin(reporter, 1, 1, f"Evaluate {path.name} in ONNX Runtime")
-        return result | {"deployed": _measure(recipe, deployed, images, reporter).scores.to_dict()}
-    return result | _side_by_side(folder, path.name, (own, recipe), deployed, images, reporter)
+        result["deployed"] = _measure(recipe, deployed, images, reporter).scores.to_dict()
+    else:
+        result |= _side_by_side(folder, path.name, (own, recipe), deployed, images, reporter)
+    return result | {"skipped": sorted(images.skipped)}
 
 
 def _side_by_side(

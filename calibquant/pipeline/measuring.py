@@ -44,7 +44,7 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
         overrides: dotted recipe keys, e.g. another `data.root`.
 
     Returns:
-        `run`, `setting` and the scores under `quantized`.
+        `run`, `setting`, the scores under `quantized`, and under `skipped` the names of unreadable images left out.
 
     Raises:
         CalibQuantError: the run or the images cannot be read.
@@ -56,7 +56,8 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
-    return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+    skipped = sorted(images.skipped)
+    return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict(), "skipped": skipped}
 
 
 def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
@@ -87,7 +88,7 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str
     """Measure the recipe's float network.
 
     Returns:
-        `model` and the scores under `float`.
+        `model`, the scores under `float`, and under `skipped` the names of unreadable images that were left out.
 
     Raises:
         CalibQuantError: the network or the images cannot be opened.
@@ -99,7 +100,7 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str
     network, images = build(recipe), open_set(recipe, "evaluation")
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)
-    return {"model": recipe.model.name, "float": result.scores.to_dict()}
+    return {"model": recipe.model.name, "float": result.scores.to_dict(), "skipped": sorted(images.skipped)}
 
 
 def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:

@@ -178,7 +178,7 @@ def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> Ima
         DataError: they cannot be opened, or there are none.
     """
     if recipe.data.kind is None:
-        raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder or csv")
+        raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder, csv or shards")
     images = open_images(recipe.data, split)
     if split == "evaluation" and len(images) == 0:
         raise DataError("recipe, data.evaluation", "there are no images", "name a set that holds images")

@@ -41,6 +41,10 @@ def run_metrics(
         "reconstruction": recipe.reconstruct.method,
         "calibration_images": len(prepared.manifest.rows),
         "evaluated_on": "calibration images" if prepared.evaluation is None else "evaluation images",
+        "skipped": {
+            "calibration": sorted(prepared.images.skipped),
+            "evaluation": [] if prepared.evaluation is None else sorted(prepared.evaluation.skipped),
+        },
         "float": float_result.scores.to_dict(),
         "quantized": quantized.scores.to_dict(),
         "size": asdict(size_of(model)),

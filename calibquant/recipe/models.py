@@ -58,17 +58,23 @@ class Preprocess(Section):
 class DataRecipe(Section):
     """Where images come from. `calibration` and `evaluation` name the two sets inside `root`."""
 
-    kind: Literal["cifar10", "digits", "folder", "csv"] | None = None
+    kind: Literal["cifar10", "digits", "folder", "csv", "shards"] | None = None
     root: Path | None = Field(default=None, description="folder of the data set; digits needs none")
     calibration: str | None = Field(
-        default=None, description="cifar10, digits: a split (train); folder: a subfolder (train); csv: a file"
+        default=None,
+        description="cifar10, digits: a split (train); folder: a subfolder (train); csv: a file; shards: tar files, "
+        "e.g. train-{000..146}.tar",
     )
     evaluation: str | None = Field(default=None, description="the same for evaluation (test, val, a file)")
+    classes: str | None = Field(
+        default=None, description="file that names the network's classes in order; folder: also gives the labels"
+    )
     preprocess: Preprocess = Preprocess()
     calibration_preprocess: Preprocess | None = Field(
         default=None, description="of the calibration images, where it differs from `preprocess`"
     )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
+    workers: int = Field(default=0, ge=0, description="processes that decode; 0: threads of the run itself")
 
 
 class CalibrationRecipe(Section):

@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
 METRICS = {
     "setting", "placement", "boundary", "calibration_images", "evaluated_on", "float", "quantized", "size", "coverage",
     "seconds", "rounding", "layers", "reconstruction", "units", "feature_errors", "equalization", "corrections",
-    "mixed",
+    "mixed", "skipped",
 }  # fmt: skip
 SCORES = {"count", "top1", "top1_interval", "top5", "loss", "macro", "agreement", "agreement_interval"}
 BYTE_IDENTICAL = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "recipe.yaml")

@@ -122,7 +122,7 @@ def csv_set(root: Path, text: str | bytes) -> Any:
     [
         ("file,label\nb.png,3\na.png,0\n", [3, 0]),
         ("file\nb.png\na.png\n", [-1, -1]),
-        ("path,sha256,label\nb.png,x,7\na.png,y,\n", [7, -1]),
+        (f"path,sha256,label,score\nb.png,{'0' * 64},7,0.5\na.png,,,\n", [7, -1]),
         ("\ufefffile,label\r\nb.png,3\r\n\r\na.png,12\r\n", [3, 12]),
         ("label, file\n3,b.png\n 4 ,a.png\n", [3, 4]),
     ],

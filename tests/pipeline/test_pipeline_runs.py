@@ -258,6 +258,8 @@ def test_unreadable_images_are_skipped_and_named(
     assert set(manifest(run)) == {f"train/{i:02d}.png" for i in range(12)} - unreadable
     assert run.metrics["calibration_images"] == total - 2
     assert run.metrics["quantized"]["count"] == (11 if spoil is vanish else 3)
+    evaluated = unreadable if spoil is vanish else {"val/00.png"}
+    assert run.metrics["skipped"] == {"calibration": sorted(unreadable), "evaluation": sorted(evaluated)}
     log = (run.folder / "log.txt").read_text()
     assert all(re.search(f"WARNING image skipped: .*{name}: ", log) for name in unreadable)
     assert listener.notes[-1] == f"{len(unreadable | (set() if spoil is vanish else {'val/00.png'}))} " + (

@@ -97,7 +97,8 @@ def same_run(wanted: Recipe, found: Recipe) -> bool:
 
 def essence(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe that decide what a run finds; those of reconstruction only where there is one."""
-    fields = recipe.model_dump(mode="json", exclude={"preset", "runs", "threads", "device"})
+    elsewhere: dict[str, Any] = {"preset": True, "runs": True, "threads": True, "device": True, "data": {"workers"}}
+    fields = recipe.model_dump(mode="json", exclude=elsewhere)
     if recipe.reconstruct.method == "none":
         del fields["reconstruct"]
     return fields
