@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from torch import Tensor
 
 from calibquant.data.imageset import ImageSet, OnError
@@ -40,8 +41,11 @@ class FileImages(ImageSet):
         return len(self._items)
 
     def image(self, i: int) -> Tensor:
-        where = str(self._items[i].path)
-        return preprocess(decode(self._items[i].path, self._settings.color, where), self._settings, where)
+        return preprocess(self.decoded(i), self._settings, str(self._items[i].path))
+
+    def decoded(self, i: int) -> Image.Image:
+        path = self._items[i].path
+        return decode(path, self._settings.color, str(path))
 
     def label(self, i: int) -> int | None:
         return self._items[i].label
