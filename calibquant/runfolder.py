@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +198,11 @@ def final_path(partial: Path) -> Path:
     return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
-def open_run(path: Path) -> RunFolder:
-    """A complete run folder, its version and hashes checked.
+def open_run(path: Path, kinds: Sequence[str] = (QUANTIZATION,)) -> RunFolder:
+    """A complete run folder, its kind, version and hashes checked.
 
     Raises:
-        RunFolderError: it is missing, incomplete, of another version or damaged.
+        RunFolderError: it is missing, incomplete, of another kind or version, or damaged.
     """
     folder = RunFolder(path)
     if not path.is_dir():
@@ -216,6 +216,9 @@ def open_run(path: Path) -> RunFolder:
         raise RunFolderError(
             path / RECEIPT, f"format version {version} is not {FORMAT_VERSION}", "use the calibquant that wrote it"
         )
+    if kind_of(folder) not in kinds:
+        mend = f"quantize them with model.weights={path / TRAINED}"
+        raise RunFolderError(path, "is a run of calibquant train, which holds float weights", mend)
     for name, expected in receipt["files"].items():
         if sha256(folder.read(name)) != expected:
             raise RunFolderError(

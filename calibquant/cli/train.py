@@ -15,7 +15,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. train.epochs=40 data.root=….")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted training; needs no recipe.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this interrupted training; recipe keys may change it.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Train a float network and leave a run folder with its weights, curves and accuracy."""
@@ -23,13 +25,16 @@ def train(
     from calibquant.errors import RecipeError
     from calibquant.recipe import load_recipe
 
+    keys = overrides or []
+    if resume is not None and recipe is not None and "=" in str(recipe):
+        recipe, keys = None, [str(recipe), *keys]
     if (recipe is None) == (resume is None):
-        raise RecipeError("calibquant train", "takes a recipe, or --resume RUN alone", "give one of the two")
+        raise RecipeError("calibquant train", "takes a recipe, or --resume RUN", "give one of the two")
     with console.reporting(json) as reporter:
         if resume is not None:
-            run = pipeline.resume_training(resume, reporter=reporter)
+            run = pipeline.resume_training(resume, reporter=reporter, overrides=keys)
         else:
-            run = pipeline.train(load_recipe(recipe, overrides), reporter=reporter)  # type: ignore[arg-type]
+            run = pipeline.train(load_recipe(recipe, keys), reporter=reporter)  # type: ignore[arg-type]
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})
         return

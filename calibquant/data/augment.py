@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibquant.data.imageset import ImageSet
+from calibquant.data.imageset import ImageSet, Subset
 from calibquant.data.preprocess import normalize, resize, to_tensor
 from calibquant.errors import DataError
 from calibquant.recipe import AugmentRecipe, Preprocess
@@ -99,8 +98,8 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-class Augmented(ImageSet):
-    """The images of a set as one epoch changes them; names, labels and hashes are those of the set.
+class Augmented(Subset):
+    """All images of a set as one epoch changes them; names, labels and hashes are those of the set.
 
     Args:
         base: the set.
@@ -119,36 +118,19 @@ class Augmented(ImageSet):
     """
 
     def __init__(self, base: ImageSet, settings: AugmentRecipe, preprocess: Preprocess, seed: int, epoch: int) -> None:
-        super().__init__(base.classes, base.on_error)
+        super().__init__(base, range(len(base)))
         if settings.scale is not None and preprocess.crop is None:
-            problem = "random-resized crops need their size"
-            raise DataError("data.augment.scale", problem, "set data.preprocess.crop")
-        self.base, self.skipped = base, base.skipped
+            raise DataError("data.augment.scale", "random-resized crops need their size", "set data.preprocess.crop")
         self._settings, self._preprocess, self._seed, self._epoch = settings, preprocess, seed, epoch
         self._draws = epoch_draws(len(base), seed, epoch)
 
-    def __len__(self) -> int:
-        return len(self.base)
-
     def image(self, i: int) -> Tensor:
-        image = self.base.image(i) if self._settings.scale is None else self._random_crop(i)
+        image = super().image(i) if self._settings.scale is None else self._random_crop(i)
         black = black_of(self._preprocess, len(image))
         return augment(image[None], self._draws[i : i + 1], self._settings, black)[0]
 
-    def label(self, i: int) -> int | None:
-        return self.base.label(i)
-
-    def name(self, i: int) -> str:
-        return self.base.name(i)
-
-    def sha256(self, i: int) -> str:
-        return self.base.sha256(i)
-
-    def labels(self) -> npt.NDArray[np.int64]:
-        return self.base.labels()
-
     def _random_crop(self, i: int) -> Tensor:
-        image, size = self.base.decoded(i), self._preprocess.crop
+        image, size = self.decoded(i), self._preprocess.crop
         height, width = (size, size) if isinstance(size, int) else size or image.size[::-1]
         generator = np.random.default_rng([_CROPS, self._seed, self._epoch, i])
         crop = image.crop(crop_box(*image.size, self._settings, generator))

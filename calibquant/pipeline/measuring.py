@@ -17,7 +17,7 @@ from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
+from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
 
 
 def measure(
@@ -50,7 +50,7 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
         CalibQuantError: the run or the images cannot be read.
     """
     reporter = reporter or Silent()
-    folder = open_run(path)
+    folder = open_run(path, (QUANTIZATION, TRAINING))
     if kind_of(folder) == TRAINING:
         weights = f"model.weights={folder.path / TRAINED}"
         return {"run": str(path)} | evaluate_float(run_recipe(folder, [weights, *overrides]), reporter)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.data import (
+    Augmented,
     ImageSet,
     Manifest,
     batches,
@@ -171,7 +172,7 @@ def build(recipe: Recipe) -> nn.Module:
 
 
 def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> ImageSet:
-    """The recipe's calibration or evaluation images.
+    """The recipe's calibration or evaluation images; the former changed at random if `calibration.augment` says so.
 
     Raises:
         RecipeError: the recipe names no data.
@@ -180,6 +181,9 @@ def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> Ima
     if recipe.data.kind is None:
         raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder or csv")
     images = open_images(recipe.data, split)
+    if split == "calibration" and recipe.calibration.augment and recipe.data.augment is not None:
+        preprocess = recipe.data.calibration_preprocess or recipe.data.preprocess
+        images = Augmented(images, recipe.data.augment, preprocess, recipe.seed, epoch=0)
     if split == "evaluation" and len(images) == 0:
         raise DataError("recipe, data.evaluation", "there are no images", "name a set that holds images")
     return images

@@ -47,7 +47,7 @@ def load_training(folder: RunFolder, training: Training, images: str) -> bool:
     """Give a training the stored state, if the folder holds a checkpoint; whether it does.
 
     Raises:
-        RunFolderError: the checkpoint is damaged, or was made of another network or other images.
+        RunFolderError: the checkpoint is damaged, or was made of another network, other images or other settings.
     """
     where = folder.path / CHECKPOINT
     if not where.is_file():
@@ -61,7 +61,8 @@ def load_training(folder: RunFolder, training: Training, images: str) -> bool:
             raise ValueError("its hash is wrong")
         training.restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except RuntimeError:
-        raise RunFolderError(where, "was made of another network", "restore what the training began with") from None
+        problem = "was made of another network or with other settings"
+        raise RunFolderError(where, problem, "restore what the training began with") from None
     except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and train again") from None
     return True

@@ -23,7 +23,7 @@ from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, 
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Preprocess, Recipe, TrainRecipe, make_recipe
-from calibquant.runfolder import TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
+from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
 from calibquant.training import Source, Training, begin_training, fit, hold_out, open_source
 from calibquant.zoo import save_weights
 
@@ -101,18 +101,22 @@ def resume_training(
     images: ImageSet | None = None,
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
+    overrides: list[str] | None = None,
 ) -> TrainedRun:
     """Go on with a training that was interrupted; it ends with the same bytes of weights as if it had not been.
 
     Args:
         run: the folder that the run would have left.
+        overrides: dotted recipe keys to go on with other settings, e.g. a lower train.lr after a loss that diverged.
         network, images, evaluation, reporter: as `train` got them.
 
     Raises:
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
     """
     with interrupted_run(run, TRAINING) as folder:
-        return _run(folder, run_recipe(folder), (network, images, evaluation), reporter or Silent())
+        recipe = run_recipe(folder, overrides)
+        folder.write("recipe.yaml", recipe.to_yaml())
+        return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
 
 
 def settings(recipe: Recipe) -> TrainRecipe:
@@ -141,7 +145,14 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
             save_training(folder, training, job.images)
 
     held = None if job.held is None else validate
-    network = fit(job.training, job.source, settings(recipe), held, save, reporter.progress)
+    try:
+        network = fit(job.training, job.source, settings(recipe), held, save, reporter.progress)
+    except ModelError as error:
+        if folder is None or not (folder.path / CHECKPOINT).is_file():
+            raise
+        run = final_path(folder.path)
+        mend = f"{error.mend}, or go on from the last checkpoint: calibquant train --resume {run} train.lr=…"
+        raise ModelError(error.where, error.problem, mend) from error
     log.info("%s", _line(job.training))
     return network
 
@@ -170,7 +181,7 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     learned, held = hold_out(images, settings(recipe).holdout, recipe.seed)
     augment = recipe.data.augment or AugmentRecipe()
     source = open_source(learned, augment, preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
-    training = begin_training(network, settings(recipe), device)
+    training = begin_training(network, settings(recipe), settings(recipe).epochs * source.steps, device)
     check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
     return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
 

@@ -105,6 +105,7 @@ class CalibrationRecipe(Section):
     )
     order: Literal["random", "first"] = Field(default="random", description="a seeded draw, or the first `count`")
     batch_size: int = Field(default=64, ge=1, description="images in one forward pass while observing")
+    augment: bool = Field(default=False, description="change each calibration image once, as data.augment says")
 
 
 class WeightRecipe(Section):
@@ -344,6 +345,13 @@ class Recipe(Section):
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
+
+    @model_validator(mode="after")
+    def _augmentable(self) -> Recipe:
+        if self.calibration.augment and self.data.augment is None:
+            problem = "changes images as data.augment says, which is not given"
+            raise _conflict("calibration.augment", problem, "give data.augment, or set calibration.augment=false")
+        return self
 
     @model_validator(mode="after")
     def _learnable(self) -> Recipe:

@@ -12,6 +12,7 @@ from calibquant.recipe import Recipe, make_recipe
 from calibquant.runfolder import make_folder
 from calibquant.zoo import save_weights
 
+EPOCHS = 12
 FIELDS: dict[str, Any] = {
     "model": {"name": "digits_resnet"},
     "data": {"kind": "digits", "preprocess": {"resize": 16, "mean": [0.5], "std": [0.5]}},
@@ -20,7 +21,7 @@ FIELDS: dict[str, Any] = {
 }
 TRAINING: dict[str, Any] = {
     "data": FIELDS["data"] | {"augment": {"pad": 1}},
-    "train": {"epochs": 12, "batch_size": 64, "lr": 0.1, "schedule": "one-cycle", "label_smoothing": 0.1},
+    "train": {"batch_size": 64, "lr": 0.1, "schedule": "one-cycle", "label_smoothing": 0.1},
 }
 # A tenth of the usual steps at ten times the usual learning rates: rounding variables move about one rate a step.
 SHORT = {"iterations": 400, "rounding_lr": 1e-2, "scale_lr": 1e-3}
@@ -43,7 +44,7 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
         `path`, a safetensors file.
     """
     make_folder(path.parent)
-    recipe = make_recipe(FIELDS | TRAINING | {"seed": seed})
+    recipe = make_recipe(FIELDS | TRAINING | {"seed": seed}, [f"train.epochs={EPOCHS}"])
     job = open_training(recipe)
     if reporter:
         reporter.step(1, 1, f"Train a small ResNet on {len(job.source.images)} digits")

@@ -24,6 +24,7 @@ from calibquant.training.losses import classification_loss, mixed, mixing
 from calibquant.training.schedules import learning_rate
 from calibquant.training.source import Source
 
+SETTLED = 10  # times that a running average shrinks its start by e
 CHECK = 20  # steps between looks at the loss, each of which waits for the device
 _MIXUP, _DROPOUT = 5, 6  # streams of their own; others are in data.augment and training.source
 
@@ -99,8 +100,15 @@ class Training:
         self.best, self.best_epoch = state["best"], state["best_epoch"]
 
 
-def begin_training(network: nn.Module, settings: TrainRecipe, device: torch.device) -> Training:
-    """A training of `network`, moved to the device in channels-last layout, before its first epoch."""
+def begin_training(network: nn.Module, settings: TrainRecipe, steps: int, device: torch.device) -> Training:
+    """A training of `network`, moved to the device in channels-last layout, before its first step.
+
+    BatchNorm's running statistics forget at least as fast as to have no more than exp(-10) of their start in them after
+    all `steps`; some networks come with a momentum for very long trainings.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, min(1.0, SETTLED / steps))
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(network).eval() if settings.ema else None
     return Training(network, average, make_optimizer(network, settings))

@@ -86,19 +86,24 @@ def open_source(
             images.name(int(unknown[0])), "has no label", "train on images in class folders, or with labels"
         )
     stored = None
-    if augment.scale is None and len(images) * _image_bytes(images) <= IN_MEMORY:
-        found = list(batches(images, 1000))
-        stored = (
-            torch.cat([batch.images for batch in found]).to(device),
-            torch.cat([batch.labels for batch in found]).to(device),
-        )
-        images = images.subset([i for batch in found for i in batch.indices])  # without what was skipped
+    if augment.scale is None:
+        example = next(batches(images, 1)).images
+        if len(images) * example.nbytes <= IN_MEMORY:
+            images, stored = _decode(images, example, device)
     return Source(images, augment, preprocess, min(batch_size, len(images)), seed, device, stored)
 
 
-def _image_bytes(images: ImageSet) -> int:
-    """Bytes of a preprocessed image, by the first that can be read."""
-    return next(batches(images, 1)).images.nbytes
+def _decode(images: ImageSet, example: Tensor, device: torch.device) -> tuple[ImageSet, tuple[Tensor, Tensor]]:
+    """All images of a set with their labels, and the set without what cannot be read, where that is skipped."""
+    stored, kept = torch.empty(len(images), *example.shape[1:]), list[int]()
+    for batch in batches(images, 1000):
+        if batch.images.shape[1:] != example.shape[1:]:
+            problem = f"is of size {tuple(batch.images.shape[2:])}, others of {tuple(example.shape[2:])}"
+            raise DataError(images.name(batch.indices[0]), problem, "set data.preprocess.resize and crop")
+        stored[len(kept) : len(kept) + len(batch.indices)] = batch.images
+        kept.extend(batch.indices)
+    images = images.subset(kept)
+    return images, (stored[: len(kept)].to(device), torch.from_numpy(images.labels()).to(device))
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet | None]:
