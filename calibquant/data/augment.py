@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calibquant.data.imageset import ImageSet, Subset
-from calibquant.data.preprocess import normalize, resize, to_tensor
+from calibquant.data.preprocess import check_preprocess, normalize, resize, to_tensor
 from calibquant.errors import DataError
 from calibquant.recipe import AugmentRecipe, Preprocess
 
@@ -29,20 +29,23 @@ def epoch_draws(count: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([_SHIFTS, seed, epoch]).integers(0, 1 << BITS, (count, 5)))
 
 
-def augment(images: Tensor, draws: Tensor, settings: AugmentRecipe, black: Tensor) -> Tensor:
+def augment(images: Tensor, draws: Tensor, settings: AugmentRecipe, preprocess: Preprocess) -> Tensor:
     """A batch of preprocessed images after padding and cropping, flip and cutout, as far as the settings ask for them.
 
     Args:
         images: floating point, shape (N, C, H, W).
         draws: rows of `epoch_draws`, one for each image, on the images' device.
         settings: the recipe's `data.augment`.
-        black: what a black pixel is after preprocessing, shape (C,).
+        preprocess: tells what a black pixel is.
 
     Returns:
         the shape and dtype of `images`.
+
+    Raises:
+        DataError: black pixels are asked for, and the preprocessing is for another number of channels.
     """
     if settings.pad:
-        images = _shift(images, draws, settings.pad, black)
+        images = _shift(images, draws, settings.pad, black_of(preprocess, images.shape[1]))
     if settings.flip:
         images = torch.where((draws[:, FLIP] >> (BITS - 1) == 0)[:, None, None, None], images.flip(-1), images)
     if settings.cutout:
@@ -51,8 +54,13 @@ def augment(images: Tensor, draws: Tensor, settings: AugmentRecipe, black: Tenso
 
 
 def black_of(settings: Preprocess, channels: int) -> Tensor:
-    """What a black pixel is after preprocessing: (0 - mean) / std, float32, shape (channels,)."""
-    return normalize(np.zeros((len(settings.mean), 1, 1), np.uint8), settings).flatten().expand(channels)
+    """What a black pixel is after preprocessing: (0 - mean) / std, float32, shape (channels,).
+
+    Raises:
+        DataError: mean or std is for another number of channels.
+    """
+    check_preprocess(settings, channels)
+    return normalize(np.zeros((channels, 1, 1), np.uint8), settings).flatten()
 
 
 def _shift(images: Tensor, draws: Tensor, pad: int, black: Tensor) -> Tensor:
@@ -126,8 +134,7 @@ class Augmented(Subset):
 
     def image(self, i: int) -> Tensor:
         image = super().image(i) if self._settings.scale is None else self._random_crop(i)
-        black = black_of(self._preprocess, len(image))
-        return augment(image[None], self._draws[i : i + 1], self._settings, black)[0]
+        return augment(image[None], self._draws[i : i + 1], self._settings, self._preprocess)[0]
 
     def _random_crop(self, i: int) -> Tensor:
         image, size = self.decoded(i), self._preprocess.crop

@@ -91,7 +91,6 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
     settings(recipe)
     with new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING) as folder:
-        folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
 
 
@@ -114,9 +113,7 @@ def resume_training(
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
     """
     with interrupted_run(run, TRAINING) as folder:
-        recipe = run_recipe(folder, overrides)
-        folder.write("recipe.yaml", recipe.to_yaml())
-        return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
+        return _run(folder, run_recipe(folder, overrides), (network, images, evaluation), reporter or Silent())
 
 
 def settings(recipe: Recipe) -> TrainRecipe:
@@ -223,6 +220,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         job = open_training(recipe, live)
         if load_training(folder, job.training, job.images):
             note(reporter, f"going on after epoch {len(job.training.reports)}")
+        folder.write("recipe.yaml", recipe.to_yaml())
         lap("open")
         held = "" if job.held is None else f", {len(job.held)} held out"
         begin(

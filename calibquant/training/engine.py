@@ -87,15 +87,21 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave.
+        """Take over what `state` gave; the optimizer keeps its own settings.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it was another network's or optimizer's.
+            KeyError, RuntimeError, TypeError, ValueError: it was another network's, or another kind of training's.
         """
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        theirs = [{k for k in group if k != "params"} for group in state["optimizer"]["param_groups"]]
+        if (self.average is None) != (state["average"] is None) or [set(group) for group in own] != theirs:
+            raise RuntimeError("the state is of another optimizer, or has an average where this has none")
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, fields in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(fields)
         self.reports = [EpochReport(**row) for row in state["reports"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibquant.data import Augmented, ImageSet, batches
-from calibquant.data.augment import augment, black_of, epoch_draws
+from calibquant.data.augment import augment, epoch_draws
 from calibquant.errors import DataError
 from calibquant.recipe import AugmentRecipe, Preprocess
 
@@ -60,9 +60,8 @@ class Source:
             return
         images, labels = self.stored
         draws = epoch_draws(len(images), self.seed, epoch).to(self.device)
-        black = black_of(self.preprocess, images.shape[1]).to(self.device)
         for chosen in torch.from_numpy(order).to(self.device).split(self.batch_size):
-            yield augment(images[chosen], draws[chosen], self.augment, black), labels[chosen]
+            yield augment(images[chosen], draws[chosen], self.augment, self.preprocess), labels[chosen]
 
 
 def open_source(
