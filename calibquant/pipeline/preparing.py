@@ -23,7 +23,7 @@ from calibquant.data import (
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
-from calibquant.recipe import Recipe
+from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
 
 
@@ -118,7 +118,7 @@ def prepare(
         _check_finite(network)
         network = copy.deepcopy(network).to("cpu", torch.float32).eval()
     if calibration is None:
-        calibration = open_set(recipe, "calibration")
+        calibration = open_calibration(recipe)
         evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
     check_calibration_set(min(recipe.calibration.count, len(calibration)))
     indices = draw(len(calibration), recipe.calibration.count, recipe.calibration.order, recipe.seed)
@@ -172,7 +172,7 @@ def build(recipe: Recipe) -> nn.Module:
 
 
 def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> ImageSet:
-    """The recipe's calibration or evaluation images; the former changed at random if `calibration.augment` says so.
+    """The recipe's calibration or evaluation images.
 
     Raises:
         RecipeError: the recipe names no data.
@@ -181,9 +181,23 @@ def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> Ima
     if recipe.data.kind is None:
         raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder or csv")
     images = open_images(recipe.data, split)
-    if split == "calibration" and recipe.calibration.augment and recipe.data.augment is not None:
-        preprocess = recipe.data.calibration_preprocess or recipe.data.preprocess
-        images = Augmented(images, recipe.data.augment, preprocess, recipe.seed, epoch=0)
     if split == "evaluation" and len(images) == 0:
         raise DataError("recipe, data.evaluation", "there are no images", "name a set that holds images")
     return images
+
+
+def open_calibration(recipe: Recipe) -> ImageSet:
+    """The recipe's calibration images, changed at random where `calibration.augment` asks for it.
+
+    Raises:
+        CalibQuantError: as `open_set`.
+    """
+    images = open_set(recipe, "calibration")
+    if not recipe.calibration.augment or recipe.data.augment is None:
+        return images
+    return Augmented(images, recipe.data.augment, learned_preprocess(recipe), recipe.seed, epoch=0)
+
+
+def learned_preprocess(recipe: Recipe) -> Preprocess:
+    """How images are preprocessed that calibrate or train."""
+    return recipe.data.calibration_preprocess or recipe.data.preprocess

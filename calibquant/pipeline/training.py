@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.data import ImageSet, check_labels, open_images
+from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RecipeError
-from calibquant.evaluation import Evaluation
-from calibquant.evaluation import evaluate as run_over
+from calibquant.evaluation import Evaluation, evaluate
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.measuring import measure, run_recipe
-from calibquant.pipeline.preparing import build, open_set
+from calibquant.pipeline.preparing import build, learned_preprocess, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
-from calibquant.recipe import AugmentRecipe, Preprocess, Recipe, TrainRecipe, make_recipe
+from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
 from calibquant.training import Source, Training, begin_training, fit, hold_out, open_source
 from calibquant.zoo import save_weights
@@ -133,25 +132,25 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
     """The training itself, with a checkpoint in the folder after each epoch, and a line in the log."""
 
     def validate(network: nn.Module) -> float:
-        scores = run_over(network, job.held, recipe.evaluation.batch_size, device=job.source.device).scores  # type: ignore[arg-type]
-        return scores.top1 or 0.0
+        assert job.held is not None
+        result = evaluate(network, job.held, recipe.evaluation.batch_size, device=job.source.device)
+        return result.scores.top1 or 0.0
 
     def save(training: Training) -> None:
         log.info("%s", _line(training))
         if folder is not None:
             save_training(folder, training, job.images)
 
-    held = None if job.held is None else validate
     try:
-        network = fit(job.training, job.source, settings(recipe), held, save, reporter.progress)
+        return fit(
+            job.training, job.source, settings(recipe), None if job.held is None else validate, save, reporter.progress
+        )
     except ModelError as error:
         if folder is None or not (folder.path / CHECKPOINT).is_file():
             raise
         run = final_path(folder.path)
         mend = f"{error.mend}, or go on from the last checkpoint: calibquant train --resume {run} train.lr=…"
         raise ModelError(error.where, error.problem, mend) from error
-    log.info("%s", _line(job.training))
-    return network
 
 
 def _line(training: Training) -> str:
@@ -171,21 +170,14 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     device = resolve_device(recipe.device)
     network = build(recipe) if network is None else copy.deepcopy(network).float()
     if images is None:
-        if recipe.data.kind is None:
-            raise RecipeError("recipe, data.kind", "this field is required", "use cifar10, digits, folder or csv")
-        images = open_images(recipe.data, "calibration")
+        images = open_set(recipe, "calibration")
         evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
     learned, held = hold_out(images, settings(recipe).holdout, recipe.seed)
     augment = recipe.data.augment or AugmentRecipe()
-    source = open_source(learned, augment, preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
+    source = open_source(learned, augment, learned_preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
     training = begin_training(network, settings(recipe), settings(recipe).epochs * source.steps, device)
     check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
     return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
-
-
-def preprocess(recipe: Recipe) -> Preprocess:
-    """How the images that train are preprocessed: as those that calibrate."""
-    return recipe.data.calibration_preprocess or recipe.data.preprocess
 
 
 def _classes(network: nn.Module, images: Tensor) -> int:

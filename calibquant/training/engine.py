@@ -147,7 +147,7 @@ def fit(
         source: the images.
         settings: the recipe's `train`.
         validate: accuracy of a network on images held out; the epoch with the best (of equals the latest) is kept.
-        save: called after each epoch but the last.
+        save: called after each epoch.
         progress: called with the steps done, the steps in all and words.
 
     Returns:
@@ -166,7 +166,7 @@ def fit(
         lr = learning_rate(settings, (epoch + 1) * source.steps - 1, source.steps)
         _note_best(training, epoch + 1, accuracy)
         training.reports.append(EpochReport(epoch + 1, loss, lr, accuracy, time.perf_counter() - started))
-        if save is not None and epoch + 1 < settings.epochs:
+        if save is not None:
             save(training)
     kept = training.candidate
     if training.best is not None:
