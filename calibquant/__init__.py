@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibquant.evaluation import evaluate
     from calibquant.export.artifact import load
     from calibquant.graph import capture
-    from calibquant.pipeline import Run, quantize
+    from calibquant.pipeline import Run, quantize, train
     from calibquant.quantization import QuantModel, QuantPlan
     from calibquant.recipe import Recipe, load_recipe
 
@@ -35,11 +35,12 @@ _HOME = {
     "load_recipe": "recipe",
     "open_images": "data",
     "quantize": "pipeline",
+    "train": "pipeline",
 }
 
 __all__ = [
     "CalibQuantError", "QuantModel", "QuantPlan", "Recipe", "Run", "TensorImages", "capture", "evaluate", "load",
-    "load_recipe", "open_images", "quantize",
+    "load_recipe", "open_images", "quantize", "train",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from calibquant.errors import RunFolderError
 
 FORMAT_VERSION = 1
 RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"
+QUANTIZATION, TRAINING = "quantize", "train"  # kinds of runs, by the command that makes them
+TRAINED = "weights.safetensors"  # what a training leaves
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,13 @@ class RunFolder:
 
 
 @contextmanager
-def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
+def new_run(root: Path, stem: str, kind: str = QUANTIZATION) -> Iterator[RunFolder]:
     """Create `<root>/<stem>-NNN`; it appears under that name when the context ends without an error.
+
+    Args:
+        root: folder of runs.
+        stem: name without its number.
+        kind: the command that makes it and can go on with it.
 
     Yields:
         the folder under its temporary name. Use `final_path` for its final one.
@@ -133,28 +140,32 @@ def new_run(root: Path, stem: str) -> Iterator[RunFolder]:
         partial = _claim(root, stem)
     except OSError as error:
         raise disk_error(error, root) from error
-    with _finished(partial) as folder:
+    with _finished(partial, kind) as folder:
         yield folder
 
 
 @contextmanager
-def interrupted_run(path: Path) -> Iterator[RunFolder]:
+def interrupted_run(path: Path, kind: str = QUANTIZATION) -> Iterator[RunFolder]:
     """Go on with a run that was interrupted, by the name it would have got; as `new_run`.
 
     Raises:
-        RunFolderError: no interrupted run of that name has a checkpoint.
+        RunFolderError: no interrupted run of that name has a checkpoint, or it is of another kind.
     """
     partial = path.with_name(f".{path.name}.partial")
     if not (partial / CHECKPOINT).is_file():
         state = "is complete already" if (path / RECEIPT).is_file() else "is no interrupted run with a checkpoint"
-        raise RunFolderError(path, state, "name the run that an interrupted calibquant quantize told")
-    with _finished(partial) as folder:
+        raise RunFolderError(path, state, f"name the run that an interrupted calibquant {kind} told")
+    stored = RunFolder(partial).read_json(CHECKPOINT)
+    found = stored.get("kind", QUANTIZATION) if isinstance(stored, dict) else kind
+    if found != kind:
+        raise RunFolderError(path, f"is no run of calibquant {kind}", f"go on with calibquant {found} --resume {path}")
+    with _finished(partial, kind) as folder:
         folder.remove(".*.tmp")  # what a kill left of a file that was being written
         yield folder
 
 
 @contextmanager
-def _finished(partial: Path) -> Iterator[RunFolder]:
+def _finished(partial: Path, kind: str) -> Iterator[RunFolder]:
     try:
         yield RunFolder(partial)
         partial.replace(final_path(partial))
@@ -164,7 +175,7 @@ def _finished(partial: Path) -> Iterator[RunFolder]:
         if not (partial / CHECKPOINT).exists():
             raise
         final = final_path(partial)
-        raise RunFolderError(final, "was interrupted", f"go on with calibquant quantize --resume {final}") from error
+        raise RunFolderError(final, "was interrupted", f"go on with calibquant {kind} --resume {final}") from error
     finally:
         if partial.exists() and not (partial / CHECKPOINT).exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -187,11 +198,11 @@ def final_path(partial: Path) -> Path:
     return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
-def open_run(path: Path) -> RunFolder:
-    """A complete run folder, its version and hashes checked.
+def open_run(path: Path, kinds: Sequence[str] = (QUANTIZATION,)) -> RunFolder:
+    """A complete run folder, its kind, version and hashes checked.
 
     Raises:
-        RunFolderError: it is missing, incomplete, of another version or damaged.
+        RunFolderError: it is missing, incomplete, of another kind or version, or damaged.
     """
     folder = RunFolder(path)
     if not path.is_dir():
@@ -205,6 +216,9 @@ def open_run(path: Path) -> RunFolder:
         raise RunFolderError(
             path / RECEIPT, f"format version {version} is not {FORMAT_VERSION}", "use the calibquant that wrote it"
         )
+    if kind_of(folder) not in kinds:
+        mend = f"quantize them with model.weights={path / TRAINED}"
+        raise RunFolderError(path, "is a run of calibquant train, which holds float weights", mend)
     for name, expected in receipt["files"].items():
         if sha256(folder.read(name)) != expected:
             raise RunFolderError(
@@ -214,15 +228,22 @@ def open_run(path: Path) -> RunFolder:
 
 
 def newest_run(root: Path) -> Path:
-    """The most recently completed run in a folder of runs.
+    """The most recently completed run in a folder of runs, trainings left out.
 
     Raises:
         RunFolderError: there is none.
     """
     runs = [p for p in root.glob("*/" + RECEIPT) if not p.parent.name.startswith(".")]
-    if not runs:
-        raise RunFolderError(root, "holds no run yet", "run calibquant quantize, or name a run folder")
-    return max(runs, key=lambda p: (p.stat().st_mtime_ns, p.parent.name)).parent
+    for receipt in sorted(runs, key=lambda p: (p.stat().st_mtime_ns, p.parent.name), reverse=True):
+        if kind_of(RunFolder(receipt.parent)) == QUANTIZATION:
+            return receipt.parent
+    raise RunFolderError(root, "holds no run yet", "run calibquant quantize, or name a run folder")
+
+
+def kind_of(folder: RunFolder) -> str:
+    """The command that made a complete run."""
+    receipt = folder.read_json(RECEIPT)
+    return str(receipt.get("kind", QUANTIZATION)) if isinstance(receipt, dict) else QUANTIZATION
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

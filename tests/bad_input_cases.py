@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bad_site import Mine, Site, flip, mine
+from bad_training_cases import TRAININGS
 from torch import nn
 
 from calibquant import zoo
@@ -340,6 +341,7 @@ TABLE = {
     for group, cases in (
         ("weights", WEIGHTS), ("images", IMAGES), ("lists", LISTS), ("sets", SETS), ("cifar", CIFARS),
         ("recipe", RECIPES), ("command", COMMANDS), ("runs", RUNS), ("machine", MACHINE),
+        ("train", [Case(*row) for row in TRAININGS]),
     )
     for case in cases
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Images for calibration and evaluation: opening sets, preprocessing, batches, manifests."""
 
+from calibquant.data.augment import Augmented
 from calibquant.data.imageset import ImageSet, Subset, TensorImages, UnreadableImageError, check_labels
 from calibquant.data.loading import Batch, batches
 from calibquant.data.manifest import (
@@ -14,6 +15,7 @@ from calibquant.data.manifest import (
 from calibquant.data.opening import open_images
 
 __all__ = [
+    "Augmented",
     "Batch",
     "ImageSet",
     "Manifest",

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from torch import Tensor
 
 from calibquant.data.batch_pickle import read_batch
 from calibquant.data.imageset import ImageSet
-from calibquant.data.preprocess import preprocess_pixels
+from calibquant.data.preprocess import preprocess_pixels, to_image
 from calibquant.errors import DataError
 from calibquant.recipe import Preprocess
 
@@ -54,6 +55,10 @@ class CifarImages(ImageSet):
     def image(self, i: int) -> Tensor:
         file, record = self._locate(i)
         return preprocess_pixels(file.pixels[record].reshape(3, 32, 32), self._settings, self.name(i))
+
+    def decoded(self, i: int) -> Image.Image:
+        file, record = self._locate(i)
+        return to_image(file.pixels[record].reshape(3, 32, 32))
 
     def label(self, i: int) -> int:
         file, record = self._locate(i)

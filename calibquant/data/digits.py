@@ -7,10 +7,11 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from torch import Tensor
 
 from calibquant.data.imageset import ImageSet
-from calibquant.data.preprocess import preprocess_pixels
+from calibquant.data.preprocess import preprocess_pixels, to_image
 from calibquant.recipe import Preprocess
 
 TRAIN_COUNT = 1200
@@ -32,6 +33,9 @@ class DigitImages(ImageSet):
 
     def image(self, i: int) -> Tensor:
         return preprocess_pixels(self._pixels[self._order[i]][None], self._settings, self.name(i))
+
+    def decoded(self, i: int) -> Image.Image:
+        return to_image(self._pixels[self._order[i]][None])
 
     def label(self, i: int) -> int:
         return int(self._targets[self._order[i]])

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from calibquant.errors import DataError
@@ -61,6 +62,15 @@ class ImageSet(ABC):
     def sha256(self, i: int) -> str:
         """Hex digest of the file's bytes, or of the record's raw pixel bytes."""
 
+    def decoded(self, i: int) -> Image.Image:
+        """Image `i` before preprocessing, mode RGB or L; random-resized crops are taken of it.
+
+        Raises:
+            DataError: it cannot be read, or the set holds preprocessed images only.
+        """
+        problem = "is preprocessed already, so that no random-resized crop can be taken"
+        raise DataError(self.name(i), problem, "leave data.augment.scale out, or give image files")
+
     def labels(self) -> npt.NDArray[np.int64]:
         """Labels of all images, shape (len,), -1 where unknown. No image is read."""
         found = (self.label(i) for i in range(len(self)))
@@ -98,6 +108,9 @@ class Subset(ImageSet):
 
     def sha256(self, i: int) -> str:
         return self.base.sha256(self.indices[i])
+
+    def decoded(self, i: int) -> Image.Image:
+        return self.base.decoded(self.indices[i])
 
     def labels(self) -> npt.NDArray[np.int64]:
         return self.base.labels()[np.asarray(self.indices, dtype=np.intp)]

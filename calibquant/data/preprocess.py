@@ -150,6 +150,11 @@ def preprocess(image: Image.Image, settings: Preprocess, name: str) -> Tensor:
         image = resize(image, settings.resize, settings.interpolation)
     if settings.crop is not None:
         image = center_crop(image, settings.crop, name)
+    return to_tensor(image, settings)
+
+
+def to_tensor(image: Image.Image, settings: Preprocess) -> Tensor:
+    """The last steps alone: an image of mode RGB or L, scaled to [0, 1] and normalized, float32 (C, H, W)."""
     pixels = np.asarray(image, dtype=np.uint8)
     return normalize(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), settings)
 
@@ -158,5 +163,10 @@ def preprocess_pixels(pixels: npt.NDArray[np.uint8], settings: Preprocess, name:
     """`preprocess` for bytes of shape (C, H, W), C = 1 or 3, without the way through PIL where no step needs it."""
     if settings.resize is None and settings.crop is None:
         return normalize(pixels, settings)
+    return preprocess(to_image(pixels), settings, name)
+
+
+def to_image(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """Bytes of shape (C, H, W), C = 1 or 3, as an image of mode L or RGB."""
     whole = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-    return preprocess(Image.fromarray(np.ascontiguousarray(whole)), settings, name)
+    return Image.fromarray(np.ascontiguousarray(whole))

@@ -59,7 +59,7 @@ def load_by_processes(images: ImageSet, chunks: Sequence[Part]) -> Generator[Loa
         divided = [chunk[i : i + PART] for i in range(0, len(chunk), PART)]
         parts += divided
         counts.append(len(divided))
-    while isinstance(base, Subset):  # the set itself is sent once to each process, not the choice
+    while type(base) is Subset:  # the set itself is sent once to each process, not the choice; Augmented changes it
         parts, base = [tuple(base.indices[i] for i in part) for part in parts], base.base
     ahead = 1 + -(-max(counts) // images.workers)
     loader = DataLoader(

@@ -5,8 +5,9 @@ from calibquant.pipeline.measuring import evaluate_float, evaluate_run, run_reci
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.quantizing import Run, quantize, resume
 from calibquant.pipeline.reporting import Reporter
+from calibquant.pipeline.training import TrainedRun, resume_training, train
 
 __all__ = [
-    "DryRun", "Prepared", "Reporter", "Run", "dry_run", "evaluate_float", "evaluate_run", "prepare", "quantize",
-    "resume", "run_recipe",
+    "DryRun", "Prepared", "Reporter", "Run", "TrainedRun", "dry_run", "evaluate_float", "evaluate_run", "prepare",
+    "quantize", "resume", "resume_training", "run_recipe", "train",
 ]  # fmt: skip

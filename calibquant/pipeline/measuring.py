@@ -17,7 +17,7 @@ from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import RECEIPT, RunFolder, open_run, sha256
+from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
 
 
 def measure(
@@ -44,13 +44,17 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
         overrides: dotted recipe keys, e.g. another `data.root`.
 
     Returns:
-        `run`, `setting`, the scores under `quantized`, and under `skipped` the names of unreadable images left out.
+        `run`, `setting`, the scores under `quantized`, and under `skipped` the names of unreadable images left out; for
+        a training `run`, `model` and the scores under `float`.
 
     Raises:
         CalibQuantError: the run or the images cannot be read.
     """
     reporter = reporter or Silent()
-    folder = open_run(path)
+    folder = open_run(path, (QUANTIZATION, TRAINING))
+    if kind_of(folder) == TRAINING:
+        weights = f"model.weights={folder.path / TRAINED}"
+        return {"run": str(path)} | evaluate_float(run_recipe(folder, [weights, *overrides]), reporter)
     recipe = run_recipe(folder, overrides)
     begin(reporter, 1, 2, f"Load {path}")
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")

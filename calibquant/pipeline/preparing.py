@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant.data import (
+    Augmented,
     ImageSet,
     Manifest,
     batches,
@@ -22,7 +23,7 @@ from calibquant.data import (
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
-from calibquant.recipe import Recipe
+from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
 
 
@@ -117,7 +118,7 @@ def prepare(
         _check_finite(network)
         network = copy.deepcopy(network).to("cpu", torch.float32).eval()
     if calibration is None:
-        calibration = open_set(recipe, "calibration")
+        calibration = open_calibration(recipe)
         evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
     check_calibration_set(min(recipe.calibration.count, len(calibration)))
     indices = draw(len(calibration), recipe.calibration.count, recipe.calibration.order, recipe.seed)
@@ -183,3 +184,20 @@ def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> Ima
     if split == "evaluation" and len(images) == 0:
         raise DataError("recipe, data.evaluation", "there are no images", "name a set that holds images")
     return images
+
+
+def open_calibration(recipe: Recipe) -> ImageSet:
+    """The recipe's calibration images, changed at random where `calibration.augment` asks for it.
+
+    Raises:
+        CalibQuantError: as `open_set`.
+    """
+    images = open_set(recipe, "calibration")
+    if not recipe.calibration.augment or recipe.data.augment is None:
+        return images
+    return Augmented(images, recipe.data.augment, learned_preprocess(recipe), recipe.seed, epoch=0)
+
+
+def learned_preprocess(recipe: Recipe) -> Preprocess:
+    """How images are preprocessed that calibrate or train."""
+    return recipe.data.calibration_preprocess or recipe.data.preprocess

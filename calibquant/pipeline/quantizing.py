@@ -30,7 +30,7 @@ from calibquant.pipeline.stages import (
     settle,
     step_names,
 )  # fmt: skip
-from calibquant.pipeline.writing import run_metrics, write_run
+from calibquant.pipeline.writing import run_metrics, run_stem, write_run
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
 from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
@@ -84,7 +84,7 @@ def quantize(
         'W4A4'
     """
     recipe = with_network_defaults(recipe if isinstance(recipe, Recipe) else make_recipe(recipe))
-    with new_run(recipe.runs, _stem(recipe, network)) as folder:
+    with new_run(recipe.runs, run_stem(recipe, network, recipe.setting.lower())) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent())
 
@@ -154,9 +154,3 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
             write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
             folder.remove("checkpoint*")
     return Run(final_path(folder.path), job.model, metrics, quantized)
-
-
-def _stem(recipe: Recipe, network: nn.Module | None) -> str:
-    name = recipe.model.name if network is None or recipe.model.name else type(network).__name__.lower()
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or "network")
-    return f"{safe}-{recipe.setting.lower()}"

@@ -15,7 +15,7 @@ from calibquant.errors import CalibQuantError, DataError, RunFolderError
 from calibquant.export.parity import CHUNK, IMAGES
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.ops import op_of, weight_of
-from calibquant.pipeline.preparing import Prepared, build, open_set
+from calibquant.pipeline.preparing import Prepared, build, open_calibration
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
 from calibquant.quantization.quantizers import ActivationQuantizer
@@ -110,7 +110,7 @@ def _host(recipe: Recipe) -> tuple[nn.Module | None, str]:
 
 
 def _images(recipe: Recipe, manifest: Manifest, count: int) -> ImageSet:
-    images = open_set(recipe, "calibration")
+    images = open_calibration(recipe)
     wanted = {row.path: row.sha256 for row in manifest.rows[:count]}
     found = {name: i for i in range(len(images)) if (name := images.name(i)) in wanted}
     for name, digest in wanted.items():

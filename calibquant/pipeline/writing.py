@@ -8,6 +8,8 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from torch import nn
+
 from calibquant.data import manifest_csv
 from calibquant.evaluation import Evaluation
 from calibquant.export.artifact import MODEL, save_artifact, size_of
@@ -84,11 +86,17 @@ def write_run(
         "network": network_hash(model),
         "weights": None if weights is None else {"path": str(weights), "sha256": sha256(weights.read_bytes())},
         "images": {"count": len(prepared.manifest.rows), "sha256": sha256(manifest.encode())},
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in ("calibquant", "torch", "numpy")},
-        "machine": platform.machine(),
+        **versions(),
         "seed": recipe.seed,
         **machine,
     })  # fmt: skip
+
+
+def run_stem(recipe: Recipe, network: nn.Module | None, what: str) -> str:
+    """A run folder's name without its number: the network, and `what` was done with it."""
+    name = recipe.model.name if network is None or recipe.model.name else type(network).__name__.lower()
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or "network")
+    return f"{safe}-{what}"
 
 
 def network_hash(model: QuantModel) -> str:
@@ -97,6 +105,12 @@ def network_hash(model: QuantModel) -> str:
     for name, tensor in sorted(parameter_tensors(model.teacher).items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def versions() -> dict[str, Any]:
+    """What of the machine and its software stands in a receipt."""
+    packages = {name: _version(name) for name in ("calibquant", "torch", "numpy")}
+    return {"versions": {"python": platform.python_version()} | packages, "machine": platform.machine()}
 
 
 def _version(package: str) -> str:

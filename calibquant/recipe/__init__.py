@@ -14,6 +14,7 @@ from calibquant.recipe.models import (
     REGULARIZER,
     ActivationRecipe,
     Allocation,
+    AugmentRecipe,
     Bits,
     Boundary,
     CalibrationRecipe,
@@ -30,13 +31,14 @@ from calibquant.recipe.models import (
     Recipe,
     ReconstructRecipe,
     Sampling,
+    TrainRecipe,
     WeightRecipe,
 )
 from calibquant.recipe.presets import PRESETS
 
 __all__ = [
-    "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "Bits", "Boundary", "CalibrationRecipe", "DataRecipe",
-    "EvaluationRecipe", "ExportRecipe", "Granularity", "MixedRecipe", "ModelRecipe", "Observer", "Placement",
-    "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe", "Sampling", "WeightRecipe", "load_recipe",
-    "make_recipe",
+    "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
+    "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "Granularity", "MixedRecipe", "ModelRecipe",
+    "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe", "Sampling", "TrainRecipe",
+    "WeightRecipe", "load_recipe", "make_recipe",
 ]  # fmt: skip

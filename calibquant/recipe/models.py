@@ -55,6 +55,28 @@ class Preprocess(Section):
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
 
 
+class AugmentRecipe(Section):
+    """Random changes of training images, in this order; each is off unless it is asked for."""
+
+    scale: tuple[Positive, Positive] | None = Field(
+        default=None,
+        description="random-resized crop: share of the image's area, least and most; to the size preprocess.crop, in "
+        "place of resize and center crop",
+    )
+    ratio: tuple[Positive, Positive] = Field(default=(3 / 4, 4 / 3), description="width / height of that crop")
+    pad: int = Field(default=0, ge=0, description="black pixels around the image, of which a random crop is taken")
+    flip: bool = Field(default=False, description="half of the images are mirrored left to right")
+    cutout: int = Field(default=0, ge=0, description="side of a square around a random pixel that is set to the mean")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentRecipe:
+        for name, pair, most in (("scale", self.scale or (1, 1), 1.0), ("ratio", self.ratio, float("inf"))):
+            if not pair[0] <= pair[1] <= most:
+                problem = f"[{pair[0]}, {pair[1]}] is no range" + (" of shares up to 1" if name == "scale" else "")
+                raise _conflict(f"data.augment.{name}", problem, "give the smaller number first")
+        return self
+
+
 class DataRecipe(Section):
     """Where images come from. `calibration` and `evaluation` name the two sets inside `root`."""
 
@@ -73,6 +95,9 @@ class DataRecipe(Section):
     calibration_preprocess: Preprocess | None = Field(
         default=None, description="of the calibration images, where it differs from `preprocess`"
     )
+    augment: AugmentRecipe | None = Field(
+        default=None, description="random changes of the images that train; see also calibration.augment"
+    )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
     workers: int = Field(default=0, ge=0, description="processes that decode; 0: threads of the run itself")
 
@@ -86,6 +111,7 @@ class CalibrationRecipe(Section):
     )
     order: Literal["random", "first"] = Field(default="random", description="a seeded draw, or the first `count`")
     batch_size: int = Field(default=64, ge=1, description="images in one forward pass while observing")
+    augment: bool = Field(default=False, description="change each calibration image once, as data.augment says")
 
 
 class WeightRecipe(Section):
@@ -268,6 +294,48 @@ class ExportRecipe(Section):
     images: int = Field(default=16, ge=1, description="calibration images on which the files are compared")
 
 
+class TrainRecipe(Section):
+    """Float training of the network on the images `data.calibration`."""
+
+    epochs: int = Field(default=200, ge=1, description="passes over the images")
+    batch_size: int = Field(default=128, ge=2, description="images a step; a last smaller batch is left out")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = Field(default=0.1, description="the schedule's peak")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; adamw: its first beta")
+    nesterov: bool = Field(default=True, description="sgd: Nesterov's form of momentum")
+    weight_decay: float = Field(
+        default=5e-4,
+        ge=0,
+        allow_inf_nan=False,
+        description="of convolutions and linear layers, not of norms and biases",
+    )
+    schedule: Literal["cosine", "one-cycle"] = Field(
+        default="cosine",
+        description="cosine: a linear rise, then down to 0; one-cycle: from 1/25 of lr up and down to 1/250,000, both "
+        "by cosines",
+    )
+    warm_up: float | None = Field(
+        default=None, ge=0, description="epochs of the rise; none: 5 % of all epochs, 30 % under one-cycle"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="alpha of the mixing share; 0 mixes not")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of an average of the weights, which is kept then")
+    clip: Positive | None = Field(default=None, description="largest norm of the gradient")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of the layers while training")
+    holdout: float = Field(
+        default=0.0, ge=0, le=0.5, description="share of the training images that choose the best epoch; 0: the last"
+    )
+    evaluate_every: int = Field(default=1, ge=1, description="epochs between looks at the images held out")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainRecipe:
+        if self.warm_up is not None and self.warm_up >= self.epochs:
+            raise _conflict("train.warm_up", f"{self.warm_up:g} epochs of {self.epochs}", "leave epochs for the fall")
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise _conflict("train.nesterov", "needs momentum", "set train.nesterov=false, or momentum above 0")
+        return self
+
+
 class Recipe(Section):
     """Everything a run depends on."""
 
@@ -280,10 +348,18 @@ class Recipe(Section):
     reconstruct: ReconstructRecipe = ReconstructRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
     seed: int = Field(default=1005, ge=0)
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
+
+    @model_validator(mode="after")
+    def _augmentable(self) -> Recipe:
+        if self.calibration.augment and self.data.augment is None:
+            problem = "changes images as data.augment says, which is not given"
+            raise _conflict("calibration.augment", problem, "give data.augment, or set calibration.augment=false")
+        return self
 
     @model_validator(mode="after")
     def _learnable(self) -> Recipe:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from calibquant.data import batches, open_images
 from calibquant.pipeline import Reporter, Run, quantize
+from calibquant.pipeline.reporting import Silent
+from calibquant.pipeline.training import open_training, train_network
 from calibquant.recipe import Recipe, make_recipe
 from calibquant.runfolder import make_folder
-from calibquant.training import fit
-from calibquant.zoo import build, save_weights
+from calibquant.zoo import save_weights
 
 EPOCHS = 12
 FIELDS: dict[str, Any] = {
@@ -20,6 +18,10 @@ FIELDS: dict[str, Any] = {
     "data": {"kind": "digits", "preprocess": {"resize": 16, "mean": [0.5], "std": [0.5]}},
     "calibration": {"count": 256},
     "quant": {"placement": "integer", "boundary": "qdrop"},
+}
+TRAINING: dict[str, Any] = {
+    "data": FIELDS["data"] | {"augment": {"pad": 1}},
+    "train": {"batch_size": 64, "lr": 0.1, "schedule": "one-cycle", "label_smoothing": 0.1},
 }
 # A tenth of the usual steps at ten times the usual learning rates: rounding variables move about one rate a step.
 SHORT = {"iterations": 400, "rounding_lr": 1e-2, "scale_lr": 1e-3}
@@ -42,14 +44,11 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
         `path`, a safetensors file.
     """
     make_folder(path.parent)
-    recipe = make_recipe(FIELDS)
-    images = open_images(recipe.data, "calibration")
-    batch = next(batches(images, len(images)))
+    recipe = make_recipe(FIELDS | TRAINING | {"seed": seed}, [f"train.epochs={EPOCHS}"])
+    job = open_training(recipe)
     if reporter:
-        reporter.step(1, 1, f"Train a small ResNet on {len(images)} digits")
-    torch.manual_seed(seed)
-    network = build("digits_resnet")
-    fit(network, batch.images, batch.labels, EPOCHS, seed, progress=reporter.progress if reporter else None)
+        reporter.step(1, 1, f"Train a small ResNet on {len(job.source.images)} digits")
+    network = train_network(job, recipe, reporter or Silent())
     save_weights(network, path)
     return path
 

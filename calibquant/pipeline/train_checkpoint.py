@@ -1,0 +1,68 @@
+"""Checkpoints of a training: enough to go on after the last complete epoch with the same bytes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import torch
+
+from calibquant.data import ImageSet
+from calibquant.errors import RunFolderError
+from calibquant.runfolder import CHECKPOINT, TRAINING, RunFolder, sha256
+from calibquant.training import Training
+
+
+def fingerprint(images: ImageSet) -> str:
+    """SHA-256 of the names and labels of a set, in order; no image is read."""
+    rows = (f"{images.name(i)} {label}\n" for i, label in enumerate(images.labels()))
+    return sha256("".join(rows).encode())
+
+
+def save_training(folder: RunFolder, training: Training, images: str) -> None:
+    """Store the state after an epoch.
+
+    The small JSON file that names the file of the state is replaced last: killed at any moment, the folder holds either
+    the old or the new checkpoint.
+
+    Args:
+        folder: the run's folder.
+        training: its state.
+        images: fingerprint of the images that it learns from.
+    """
+    done = len(training.reports)
+    buffer = io.BytesIO()
+    torch.save(training.state(), buffer)
+    data, name = buffer.getvalue(), f"checkpoint-{done:04d}.pt"
+    folder.write(name, data)
+    folder.write_json(
+        CHECKPOINT, {"kind": TRAINING, "state": name, "sha256": sha256(data), "images": images, "epochs": done}
+    )
+    for old in folder.path.glob("checkpoint-*.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def load_training(folder: RunFolder, training: Training, images: str) -> bool:
+    """Give a training the stored state, if the folder holds a checkpoint; whether it does.
+
+    Raises:
+        RunFolderError: the checkpoint is damaged, or was made of another network, other images or other settings.
+    """
+    where = folder.path / CHECKPOINT
+    if not where.is_file():
+        return False
+    stored = folder.read_json(CHECKPOINT)
+    try:
+        if stored["images"] != images:
+            raise RunFolderError(where, "was made with other images", "restore those that the training began with")
+        data = folder.read(stored["state"])
+        if sha256(data) != stored["sha256"]:
+            raise ValueError("its hash is wrong")
+        training.restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    except RuntimeError:
+        problem = "was made of another network or with other settings"
+        raise RunFolderError(where, problem, "restore what the training began with") from None
+    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and train again") from None
+    return True

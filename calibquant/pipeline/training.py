@@ -1,0 +1,262 @@
+"""From a recipe to a trained float network in a run folder."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.data import ImageSet, check_labels
+from calibquant.errors import ModelError, RecipeError
+from calibquant.evaluation import Evaluation, evaluate
+from calibquant.parallel import resolve_device, set_threads
+from calibquant.pipeline.curves import curves_png
+from calibquant.pipeline.measuring import measure, run_recipe
+from calibquant.pipeline.preparing import build, learned_preprocess, open_set
+from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
+from calibquant.pipeline.writing import run_stem, versions
+from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
+from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
+from calibquant.training import Source, Training, begin_training, fit, hold_out, open_source
+from calibquant.zoo import save_weights
+
+STEPS = 4
+Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished training.
+
+    Args:
+        folder: the run folder.
+        network: the trained network, in eval mode on the recipe's device.
+        metrics: the content of metrics.json.
+        evaluation: what the network did on the evaluation images.
+    """
+
+    folder: Path
+    network: nn.Module
+    metrics: dict[str, Any]
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a training works on: the start, images to learn from, images held out, images of the last measurement."""
+
+    training: Training
+    source: Source
+    held: ImageSet | None
+    evaluation: ImageSet
+    images: str  # fingerprint
+
+
+def train(
+    recipe: Recipe | dict[str, Any],
+    network: nn.Module | None = None,
+    images: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
+    reporter: Reporter | None = None,
+) -> TrainedRun:
+    """Train a float network and leave a run folder with its weights.
+
+    Args:
+        recipe: a Recipe, or its fields as a nested dictionary; the section `train` is required.
+        network: a live module to begin with, which is not changed; otherwise the recipe's `model` is built.
+        images: labelled, preprocessed; otherwise the recipe's `data.calibration` is opened.
+        evaluation: images that the end is measured on; otherwise the recipe's. With live images and no evaluation
+            images it is measured on the images that it learned from, and metrics.json says so.
+        reporter: hears of steps and progress.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images, or the loss diverges.
+
+    Example:
+        >>> import calibquant, torch
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> bright = calibquant.TensorImages(torch.arange(16.0).view(16, 1, 1, 1).expand(-1, 3, 2, 2) / 8 - 1,
+        ...                                  [0] * 8 + [1] * 8)
+        >>> run = calibquant.train({"train": {"epochs": 30, "batch_size": 8}}, net, bright)
+        >>> run.metrics["float"]["top1"]
+        1.0
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+    settings(recipe)
+    with new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING) as folder:
+        return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
+
+
+def resume_training(
+    run: Path,
+    network: nn.Module | None = None,
+    images: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
+    reporter: Reporter | None = None,
+    overrides: list[str] | None = None,
+) -> TrainedRun:
+    """Go on with a training that was interrupted; it ends with the same bytes of weights as if it had not been.
+
+    Args:
+        run: the folder that the run would have left.
+        overrides: dotted recipe keys to go on with other settings, e.g. a lower train.lr after a loss that diverged.
+        network, images, evaluation, reporter: as `train` got them.
+
+    Raises:
+        CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
+    """
+    with interrupted_run(run, TRAINING) as folder:
+        return _run(folder, run_recipe(folder, overrides), (network, images, evaluation), reporter or Silent())
+
+
+def settings(recipe: Recipe) -> TrainRecipe:
+    """The recipe's section `train`.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if recipe.train is None:
+        raise RecipeError(
+            "recipe, train", "this section is required", "add train: {epochs: …, lr: …}, or train.epochs=…"
+        )
+    return recipe.train
+
+
+def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolder | None = None) -> nn.Module:
+    """The training itself, with a checkpoint in the folder after each epoch, and a line in the log."""
+
+    def validate(network: nn.Module) -> float:
+        assert job.held is not None
+        result = evaluate(network, job.held, recipe.evaluation.batch_size, device=job.source.device)
+        return result.scores.top1 or 0.0
+
+    def save(training: Training) -> None:
+        log.info("%s", _line(training))
+        if folder is not None:
+            save_training(folder, training, job.images)
+
+    try:
+        return fit(
+            job.training, job.source, settings(recipe), None if job.held is None else validate, save, reporter.progress
+        )
+    except ModelError as error:
+        if folder is None or not (folder.path / CHECKPOINT).is_file():
+            raise
+        run = final_path(folder.path)
+        mend = f"{error.mend}, or go on from the last checkpoint: calibquant train --resume {run} train.lr=…"
+        raise ModelError(error.where, error.problem, mend) from error
+
+
+def _line(training: Training) -> str:
+    """The latest epoch in words."""
+    last = training.reports[-1]
+    held = "" if last.accuracy is None else f", held-out top-1 {100 * last.accuracy:.2f}"
+    return f"epoch {last.epoch}: loss {last.loss:.4f}, lr {last.lr:.2e}{held}, {last.seconds:.1f} s"
+
+
+def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
+    """The network before its first step, and all images.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images.
+    """
+    network, images, evaluation = live
+    device = resolve_device(recipe.device)
+    network = build(recipe) if network is None else copy.deepcopy(network).float()
+    if images is None:
+        images = open_set(recipe, "calibration")
+        evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
+    learned, held = hold_out(images, settings(recipe).holdout, recipe.seed)
+    augment = recipe.data.augment or AugmentRecipe()
+    source = open_source(learned, augment, learned_preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
+    training = begin_training(network, settings(recipe), settings(recipe).epochs * source.steps, device)
+    check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
+    return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
+
+
+def _classes(network: nn.Module, images: Tensor) -> int:
+    """How many classes the network tells apart, by what it returns for two images.
+
+    Raises:
+        ModelError: it does not take these images, or returns no logits.
+    """
+    try:
+        with torch.no_grad():
+            logits = network.eval()(images)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(images.shape[1:])
+        raise ModelError(
+            "network", f"does not take images of shape {shape} ({error})", "check data.preprocess"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError("network output", f"is {found}, not (N, classes)", "give a network that returns class logits")
+    return logits.shape[1]
+
+
+def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> TrainedRun:
+    threads, seconds, started = set_threads(recipe.threads), dict[str, float](), time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal started
+        seconds[name], started = time.perf_counter() - started, time.perf_counter()
+
+    with log_to(folder):
+        begin(reporter, 1, STEPS, "Open the network and the images")
+        job = open_training(recipe, live)
+        if load_training(folder, job.training, job.images):
+            note(reporter, f"going on after epoch {len(job.training.reports)}")
+        folder.write("recipe.yaml", recipe.to_yaml())
+        lap("open")
+        held = "" if job.held is None else f", {len(job.held)} held out"
+        begin(
+            reporter, 2, STEPS, f"Train for {settings(recipe).epochs} epochs on {len(job.source.images)} images{held}"
+        )
+        network = train_network(job, recipe, reporter, folder)
+        lap("train")
+        begin(reporter, 3, STEPS, "Evaluate the trained network")
+        result = measure(recipe, network, job.evaluation, job.source.device, reporter)
+        lap("evaluate")
+        begin(reporter, 4, STEPS, "Write the run folder")
+        on = "training images" if live[1] is not None and live[2] is None else "evaluation images"
+        metrics = run_metrics(recipe, job, result, on, seconds)
+        _write(folder, recipe, job, network, metrics, {"threads": threads, "device": str(job.source.device)})
+        folder.remove("checkpoint*")
+    return TrainedRun(final_path(folder.path), network, metrics, result)
+
+
+def run_metrics(recipe: Recipe, job: Job, result: Evaluation, on: str, seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of metrics.json."""
+    return {
+        "model": recipe.model.name,
+        "evaluated_on": on,
+        "float": result.scores.to_dict(),
+        "training_images": len(job.source.images),
+        "held_out_images": 0 if job.held is None else len(job.held),
+        "best_epoch": job.training.best_epoch,
+        "epochs": [asdict(report) for report in job.training.reports],
+        "seconds": seconds | {"train": sum(report.seconds for report in job.training.reports)},
+    }
+
+
+def _write(
+    folder: RunFolder, recipe: Recipe, job: Job, network: nn.Module, metrics: dict[str, Any], machine: dict[str, Any]
+) -> None:
+    save_weights(network, folder.path / TRAINED)
+    folder.write_json("metrics.json", metrics)
+    folder.write("curves.png", curves_png(job.training.reports))
+    weights = recipe.model.weights
+    folder.seal({
+        "kind": TRAINING,
+        "weights": None if weights is None else {"path": str(weights), "sha256": sha256(weights.read_bytes())},
+        "images": {"count": len(job.source.images), "sha256": job.images},
+        **versions(),
+        "seed": recipe.seed,
+        **machine,
+    })  # fmt: skip
