@@ -29,8 +29,10 @@ def evaluate(
     from calibquant.errors import RecipeError
     from calibquant.pipeline.deployed import evaluate_onnx
     from calibquant.recipe import load_recipe
+    from calibquant.recipe.shipped import located
 
     path, keys = run_and_overrides(target, overrides, runs)
+    path = located(path)
     if recipe is not None and path.suffix != ".onnx":
         raise RecipeError("calibquant evaluate, --recipe", "is for an ONNX file", "leave it out")
     with console.reporting(json) as reporter:
