@@ -14,6 +14,7 @@ from calibquant.errors import RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import load_artifact
 from calibquant.parallel import resolve_device, set_threads
+from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
@@ -36,15 +37,19 @@ def measure(
     )
 
 
-def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path, overrides: list[str], reporter: Reporter | None = None, by_class: ByClass = NONE
+) -> dict[str, Any]:
     """Measure a saved run again, from its files, on the images its recipe names.
 
     Args:
         path: run folder.
         overrides: dotted recipe keys, e.g. another `data.root`.
+        reporter: hears of steps and progress.
+        by_class: what else is asked for.
 
     Returns:
-        `run`, `setting` and the scores under `quantized`.
+        `run`, `setting` and the scores under `quantized`; and what `by_class` adds.
 
     Raises:
         CalibQuantError: the run or the images cannot be read.
@@ -54,9 +59,11 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     recipe = run_recipe(folder, overrides)
     begin(reporter, 1, 2, f"Load {path}")
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
+    by_class.check(images)
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
-    return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+    scores = {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+    return scores | by_class.of(result, images)
 
 
 def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
@@ -83,11 +90,11 @@ def _check_weights(folder: RunFolder, recipe: Recipe) -> None:
         raise RunFolderError(path or "model.weights", problem, "give that file with model.weights=…")
 
 
-def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: ByClass = NONE) -> dict[str, Any]:
     """Measure the recipe's float network.
 
     Returns:
-        `model` and the scores under `float`.
+        `model` and the scores under `float`; and what `by_class` adds.
 
     Raises:
         CalibQuantError: the network or the images cannot be opened.
@@ -97,9 +104,10 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str
     device = resolve_device(recipe.device)
     begin(reporter, 1, 2, "Open the network and the images")
     network, images = build(recipe), open_set(recipe, "evaluation")
+    by_class.check(images)
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)
-    return {"model": recipe.model.name, "float": result.scores.to_dict()}
+    return {"model": recipe.model.name, "float": result.scores.to_dict()} | by_class.of(result, images)
 
 
 def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
