@@ -46,7 +46,8 @@ from calibquant.export.session import open_session
 from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
 from calibquant.recipe import Recipe, load_recipe
-from calibquant.studies.bench import PEER, measure, static_peer
+from calibquant.studies.bench import measure
+from calibquant.studies.external import PEER, static_peer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("W4A4", "W8A8", "W2A2", "W2A4", "W4A8", "W3A3", "W5A6")
@@ -279,7 +280,7 @@ def size(case: Case) -> Row:
 def speed(case: Case) -> Row:
     """Side by side on one thread: float, W8A8, W4A4, and ONNX Runtime's own 8 bits."""
     images, float_file = np.load(case.images("calibration")), case.file(FLOAT)
-    networks = {"float": float_file, PEER: static_peer(float_file, images)}
+    networks = {"float": float_file, PEER: static_peer(float_file, np.split(images, len(images)))}
     networks |= {s: Case(case.name, s, case.given).file(DEPLOY) for s in ("W8A8", "W4A4")}
     sessions = {name: open_session(name, data, 1) for name, data in networks.items()}
     rows = []

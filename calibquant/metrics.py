@@ -96,6 +96,14 @@ class ScoreAccumulator:
         """Predicted class of each image so far, shape (N,)."""
         return _join(self._predictions, np.int64)
 
+    @property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """How many images of each label got each prediction so far, (classes, classes); rows are labels."""
+        labels, classes = _join(self._labels, np.int64), self.num_classes or 0
+        known = labels >= 0
+        cells = labels[known] * classes + self.predictions[known]
+        return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
     def update(self, logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[np.int64] | Sequence[int]) -> None:
         """Add a batch.
 

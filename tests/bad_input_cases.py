@@ -262,6 +262,13 @@ RECIPES = [
     Case("recipe empty", "quantize r.yaml", "r.yaml: is not a recipe; it must hold", lambda s: s.write("r.yaml", "")),
     Case("recipe not UTF-8", "quantize r.yaml", r"r.yaml: cannot be read \(it is not UTF-8 text\); give",
          lambda s: s.write("r.yaml", "model: {name: é}\n".encode("latin1"))),
+    Case("included file missing", "quantize r.yaml", r"part.yaml: cannot be .*\(No such .*; correct include in r.yaml",
+         lambda s: s.write("r.yaml", "include: [part.yaml]\n")),
+    Case("included in a circle", "quantize r.yaml", r"r.yaml, include: goes in a circle \(r.yaml -> r.yaml\); take",
+         lambda s: s.write("r.yaml", "include: [r.yaml]\n")),
+    Case("unknown key in an included file", "quantize r.yaml", "part.yaml, quant.bitts: this key is unknown; did you",
+         lambda s: (s.write("r.yaml", "include: [part.yaml]\n"), s.write("part.yaml", "quant: {bitts: 3}\n"))),
+    Case("include by override", f"{D} include=[digits.yaml]", "digits.yaml, include: is known in recipe files alone"),
     Case("recipe of version 2", f"{D} version=2", "digits.yaml, version: input should be 1; got 2"),
 ]  # fmt: skip
 
@@ -270,6 +277,10 @@ COMMANDS = [
     Case("unknown option", f"{D} --fast", "No such option: --fast.*see calibquant --help"),
     Case("no recipe", "quantize", "calibquant quantize: takes a recipe, or --resume RUN alone; give one of the two"),
     Case("option without value", "demo --seed", "Option '--seed' requires an argument; see"),
+    Case("recipes of nothing", "recipes resnet18 w9a9", "recipes: no recipe is of 'resnet18 w9a9'; without words it"),
+    Case("classes of images without labels", "evaluate folder.yaml --per-class",
+         "evaluation images: have no labels; leave --per-class and --confusion out",
+         lambda s: [p.rename(p.parents[1] / p.name) for p in sorted((s.root / "images/val").glob("*/*.png"))]),
     Case("demo where no folder can be", "demo --runs digits.yaml/x", r"cannot be written \(Not a directory\); free"),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from calibquant.cli.evaluate import evaluate
 from calibquant.cli.export import export
 from calibquant.cli.inspect import inspect
 from calibquant.cli.quantize import quantize
+from calibquant.cli.recipes import recipes
 from calibquant.cli.train import train
 from calibquant.errors import CalibQuantError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, quantize, evaluate, inspect, analyze, compare, export, bench):
+for command in (demo, train, quantize, evaluate, inspect, analyze, compare, export, bench, recipes):
     app.command()(command)
 
 

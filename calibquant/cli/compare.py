@@ -17,7 +17,9 @@ def compare(
         list[str] | None,
         typer.Argument(help="Dotted recipe keys, e.g. calibration.count=256; seed= is the first seed."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Presets, e.g. nearest,qdrop,brecq-reference.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Presets, and framework-int8 and onnxruntime-int8, e.g. nearest,qdrop,framework-int8.")
+    ] = "",
     bits: Annotated[str, typer.Option(help="Bits of weights and activations, e.g. w4a4,w2a2.")] = "",
     preset: Annotated[
         str | None, typer.Option(help="A study by name, which gives methods and bits: aciq-ablation.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from calibquant.cli import console
-from calibquant.cli.tables import show_deployed
+from calibquant.cli.tables import show_classes, show_deployed
 from calibquant.cli.targets import run_and_overrides
 
 
@@ -21,33 +21,43 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="For an ONNX file: names its images. Default: recipe.yaml beside it.")
     ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also the scores of each class.")] = False,
+    confusion: Annotated[
+        Path | None, typer.Option(help="File for the confusion matrix (CSV); shows what is confused most.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Measure a saved quantized network, a recipe's float network or an ONNX file, without quantizing again."""
     from calibquant import pipeline
     from calibquant.errors import RecipeError
+    from calibquant.pipeline.by_class import ByClass
     from calibquant.pipeline.deployed import evaluate_onnx
     from calibquant.recipe import load_recipe
+    from calibquant.recipe.shipped import located
 
     path, keys = run_and_overrides(target, overrides, runs)
+    path = located(path)
     if recipe is not None and path.suffix != ".onnx":
         raise RecipeError("calibquant evaluate, --recipe", "is for an ONNX file", "leave it out")
+    by_class = ByClass(per_class, confusion)
     with console.reporting(json) as reporter:
         if path.suffix in (".yaml", ".yml"):
-            result = pipeline.evaluate_float(load_recipe(path, keys), reporter)
+            result = pipeline.evaluate_float(load_recipe(path, keys), reporter, by_class)
         elif path.suffix == ".onnx":
-            result = evaluate_onnx(path, recipe, keys, reporter)
+            result = evaluate_onnx(path, recipe, keys, reporter, by_class)
         else:
-            result = pipeline.evaluate_run(path, keys, reporter)
+            result = pipeline.evaluate_run(path, keys, reporter, by_class)
     if json:
         console.print_json(result)
         return
     console.out.print(f"{path}")
     if "deployed" in result:
         show_deployed(result, path.name)
-        return
-    _show_scores("float" if "float" in result else str(result["setting"]), result.get("float") or result["quantized"])
+    else:
+        name = "float" if "float" in result else str(result["setting"])
+        _show_scores(name, result.get("float") or result["quantized"])
+    show_classes(result)
 
 
 def _show_scores(name: str, scores: dict[str, Any]) -> None:

@@ -227,6 +227,25 @@ def show_deployed(result: dict[str, Any], name: str) -> None:
     console.print_table("Accuracy", ["measure", *columns], rows)
 
 
+def show_classes(result: dict[str, Any]) -> None:
+    """The scores of each class and the pairs that are confused most, where a result has them."""
+    if "classes" in result:
+        rows = [
+            [
+                row["name"], str(row["images"]), console.percent(row["accuracy"]), console.percent(row["precision"]),
+                console.percent(row["f1"]), str(row["predicted"]),
+            ]
+            for row in result["classes"]
+        ]  # fmt: skip
+        header = ["class", "images", "accuracy (recall) %", "precision %", "F1 %", "predicted"]
+        console.print_table("Classes", header, rows)
+    if "confusion" in result:
+        pairs = result["confusion"]["most_confused"]
+        rows = [[p["label"], p["prediction"], str(p["images"]), console.percent(p["share"])] for p in pairs]
+        console.print_table("Confused most", ["label", "predicted", "images", "of the label's %"], rows)
+        console.out.print(f"Confusion matrix: {result['confusion']['file']}")
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """Latency and throughput."""
     rows = [

@@ -26,12 +26,14 @@ class Evaluation:
         scores: the metrics.
         predictions: class of each image, int64, shape (N,); pass it as `reference` to evaluate another network.
         indices: which images of the set these are; unreadable ones that were skipped are missing.
+        confusion: images of each label (row) with each prediction (column), int64, shape (classes, classes).
         logits: float32, shape (N, classes), on the CPU; None unless they were to be kept.
     """
 
     scores: Scores
     predictions: npt.NDArray[np.int64]
     indices: tuple[int, ...]
+    confusion: npt.NDArray[np.int64]
     logits: Tensor | None = None
 
 
@@ -91,7 +93,9 @@ def evaluate(
         problem = f"holds {len(reference)} predictions for {len(indices)} images"
         raise DataError("reference", problem, "evaluate both networks on the same images")
     logits_kept = torch.cat(kept) if keep_logits else None
-    return Evaluation(accumulator.result(reference), accumulator.predictions, tuple(indices), logits_kept)
+    return Evaluation(
+        accumulator.result(reference), accumulator.predictions, tuple(indices), accumulator.confusion, logits_kept
+    )
 
 
 def _forward(network: Callable[[Tensor], Tensor], batch: Batch, images: ImageSet, device: str | torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from calibquant.evaluation.onnx_network import OnnxNetwork
 from calibquant.export.parity import FLOAT
 from calibquant.export.session import open_session
 from calibquant.parallel import set_threads
+from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.measuring import measure, run_recipe, saved_network
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, note
@@ -23,7 +24,11 @@ from calibquant.runfolder import RECEIPT, RunFolder, open_run
 
 
 def evaluate_onnx(
-    path: Path, recipe_file: Path | None = None, overrides: list[str] | None = None, reporter: Reporter | None = None
+    path: Path,
+    recipe_file: Path | None = None,
+    overrides: list[str] | None = None,
+    reporter: Reporter | None = None,
+    by_class: ByClass = NONE,
 ) -> dict[str, Any]:
     """Measure an ONNX file through ONNX Runtime; one in a run folder also beside what it was made of.
 
@@ -32,12 +37,13 @@ def evaluate_onnx(
         recipe_file: names the evaluation images; None takes recipe.yaml beside the file.
         overrides: dotted recipe keys, e.g. another `data.root`.
         reporter: hears of steps and progress.
+        by_class: what else is asked for, of the file's own predictions.
 
     Returns:
         `file`, `recipe`, the scores under `deployed`, and under `skipped` the names of unreadable images that were left
         out; for a file in a run also `run`, `setting`, and the scores
         under `float` and `quantized`. `deployed` and `quantized` have the agreement with the float network, and
-        `agreement_with_simulation` is how often the file and the simulation decide alike.
+        `agreement_with_simulation` is how often the file and the simulation decide alike. And what `by_class` adds.
 
     Raises:
         CalibQuantError: file, recipe, run or images cannot be read.
@@ -53,14 +59,17 @@ def evaluate_onnx(
     own = recipe if folder is None or recipe_file is None else run_recipe(folder)  # names the network, not the images
     set_threads(recipe.threads)
     images = open_set(recipe, "evaluation")
+    by_class.check(images)
     deployed = _mounted(OnnxNetwork(open_session(str(path), data, recipe.threads)), own)
     result: dict[str, Any] = {"file": str(path), "recipe": str(recipe_file or beside)}
     if folder is None:
         begin(reporter, 1, 1, f"Evaluate {path.name} in ONNX Runtime")
-        result["deployed"] = _measure(recipe, deployed, images, reporter).scores.to_dict()
+        last = _measure(recipe, deployed, images, reporter)
+        result["deployed"] = last.scores.to_dict()
     else:
-        result |= _side_by_side(folder, path.name, (own, recipe), deployed, images, reporter)
-    return result | {"skipped": sorted(images.skipped)}
+        scores, last = _side_by_side(folder, path.name, (own, recipe), deployed, images, reporter)
+        result |= scores
+    return result | by_class.of(last, images) | {"skipped": sorted(images.skipped)}
 
 
 def _side_by_side(
@@ -70,8 +79,8 @@ def _side_by_side(
     deployed: nn.Module,
     images: ImageSet,
     reporter: Reporter,
-) -> dict[str, Any]:
-    """The float network, the simulation and the file; of the recipes the first names the network."""
+) -> tuple[dict[str, Any], Evaluation]:
+    """The float network, the simulation and the file, and this last by itself; the first recipe names the network."""
     own, recipe = recipes
     begin(reporter, 1, 3, "Evaluate the float network")
     original = _float_network(folder, own, reporter)
@@ -80,7 +89,7 @@ def _side_by_side(
     simulated = _measure(recipe, saved_network(folder, own), images, reporter, first)
     begin(reporter, 3, 3, f"Evaluate {name} in ONNX Runtime")
     last = _measure(recipe, deployed, images, reporter, first)
-    return {
+    scores = {
         "run": str(folder.path),
         "setting": own.setting,
         "float": None if first is None else first.scores.to_dict(),
@@ -88,6 +97,7 @@ def _side_by_side(
         "deployed": last.scores.to_dict(),
         "agreement_with_simulation": float((last.predictions == simulated.predictions).mean()),
     }
+    return scores, last
 
 
 def _float_network(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> nn.Module | None:

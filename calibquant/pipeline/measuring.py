@@ -14,6 +14,7 @@ from calibquant.errors import RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import load_artifact
 from calibquant.parallel import resolve_device, set_threads
+from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
@@ -36,16 +37,20 @@ def measure(
     )
 
 
-def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path, overrides: list[str], reporter: Reporter | None = None, by_class: ByClass = NONE
+) -> dict[str, Any]:
     """Measure a saved run again, from its files, on the images its recipe names.
 
     Args:
         path: run folder.
         overrides: dotted recipe keys, e.g. another `data.root`.
+        reporter: hears of steps and progress.
+        by_class: what else is asked for.
 
     Returns:
         `run`, `setting`, the scores under `quantized`, and under `skipped` the names of unreadable images left out; for
-        a training `run`, `model` and the scores under `float`.
+        a training `run`, `model` and the scores under `float`. And what `by_class` adds.
 
     Raises:
         CalibQuantError: the run or the images cannot be read.
@@ -54,14 +59,15 @@ def evaluate_run(path: Path, overrides: list[str], reporter: Reporter | None = N
     folder = open_run(path, (QUANTIZATION, TRAINING))
     if kind_of(folder) == TRAINING:
         weights = f"model.weights={folder.path / TRAINED}"
-        return {"run": str(path)} | evaluate_float(run_recipe(folder, [weights, *overrides]), reporter)
+        return {"run": str(path)} | evaluate_float(run_recipe(folder, [weights, *overrides]), reporter, by_class)
     recipe = run_recipe(folder, overrides)
     begin(reporter, 1, 2, f"Load {path}")
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
+    by_class.check(images)
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
-    skipped = sorted(images.skipped)
-    return {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict(), "skipped": skipped}
+    scores = {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
+    return scores | by_class.of(result, images) | {"skipped": sorted(images.skipped)}
 
 
 def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
@@ -88,11 +94,12 @@ def _check_weights(folder: RunFolder, recipe: Recipe) -> None:
         raise RunFolderError(path or "model.weights", problem, "give that file with model.weights=…")
 
 
-def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: ByClass = NONE) -> dict[str, Any]:
     """Measure the recipe's float network.
 
     Returns:
-        `model`, the scores under `float`, and under `skipped` the names of unreadable images that were left out.
+        `model`, the scores under `float`, and under `skipped` the names of unreadable images that were left out; and
+        what `by_class` adds.
 
     Raises:
         CalibQuantError: the network or the images cannot be opened.
@@ -102,9 +109,11 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None) -> dict[str
     device = resolve_device(recipe.device)
     begin(reporter, 1, 2, "Open the network and the images")
     network, images = build(recipe), open_set(recipe, "evaluation")
+    by_class.check(images)
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)
-    return {"model": recipe.model.name, "float": result.scores.to_dict(), "skipped": sorted(images.skipped)}
+    scores = {"model": recipe.model.name, "float": result.scores.to_dict()}
+    return scores | by_class.of(result, images) | {"skipped": sorted(images.skipped)}
 
 
 def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:

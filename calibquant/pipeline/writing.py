@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,15 +82,26 @@ def write_run(
         folder.write(name, data)
     metrics["size"]["file"] = (folder.path / MODEL).stat().st_size
     folder.write_json("metrics.json", metrics)
+    count = len(prepared.manifest.rows)
+    folder.seal({"network": network_hash(model)} | made_of(recipe, manifest, count) | machine)
+
+
+def made_of(recipe: Recipe, manifest: str, count: int, packages: Sequence[str] = ("torch", "numpy")) -> dict[str, Any]:
+    """What a receipt says of weights, calibration images, versions, machine and seed.
+
+    Args:
+        recipe: of the run.
+        manifest: the content of manifest.csv, a list of `count` images.
+        count: of these.
+        packages: whose versions matter beside this one's.
+    """
     weights = recipe.model.weights
-    folder.seal({
-        "network": network_hash(model),
+    return {
         "weights": None if weights is None else {"path": str(weights), "sha256": sha256(weights.read_bytes())},
-        "images": {"count": len(prepared.manifest.rows), "sha256": sha256(manifest.encode())},
-        **versions(),
+        "images": {"count": count, "sha256": sha256(manifest.encode())},
+        **versions(packages),
         "seed": recipe.seed,
-        **machine,
-    })  # fmt: skip
+    }
 
 
 def run_stem(recipe: Recipe, network: nn.Module | None, what: str) -> str:
@@ -107,10 +119,10 @@ def network_hash(model: QuantModel) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, Any]:
-    """What of the machine and its software stands in a receipt."""
-    packages = {name: _version(name) for name in ("calibquant", "torch", "numpy")}
-    return {"versions": {"python": platform.python_version()} | packages, "machine": platform.machine()}
+def versions(packages: Sequence[str] = ("torch", "numpy")) -> dict[str, Any]:
+    """What of the machine and its software stands in a receipt; `packages` are those whose versions matter."""
+    own = {name: _version(name) for name in ("calibquant", *packages)}
+    return {"versions": {"python": platform.python_version()} | own, "machine": platform.machine()}
 
 
 def _version(package: str) -> str:

@@ -2,11 +2,13 @@
 
     recipe = load_recipe("recipe.yaml", ["quant.weights.bits=2", "seed=7"])
 
-A recipe may begin with `preset: NAME`; the file's own fields and then the overrides win over the preset's.
+A recipe file may begin with `include: [FILE, …]` and `preset: NAME`; what files say wins over the preset, and the
+overrides over both.
 
 - `models`: the sections and their defaults
 - `presets`: fields by the names of methods
 - `loading`: from files and dictionaries, with errors of one line
+- `shipped`, `catalog`: the recipes that come with the package, by name
 """
 
 from calibquant.recipe.loading import load_recipe, make_recipe

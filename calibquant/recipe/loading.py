@@ -1,7 +1,13 @@
-"""Recipes from files and dictionaries, with presets and dotted overrides; errors of one line."""
+"""Recipes from files and dictionaries, with includes, presets and dotted overrides; errors of one line.
+
+What stands further down wins: the defaults; the preset; the included files in their order; the file's own fields; the
+overrides. There is one preset: the one named furthest down.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,36 +17,34 @@ from pydantic import ValidationError
 from calibquant.errors import RecipeError, nearest
 from calibquant.recipe.models import Recipe, Section
 from calibquant.recipe.presets import PRESETS, merged
+from calibquant.recipe.shipped import located
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Fields of a recipe that stand together, and the name by which errors call the place they come from."""
+
+    source: str
+    tree: dict[str, Any]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file and apply dotted overrides.
+    """Read a recipe file with the files that it includes, and apply dotted overrides.
 
     Args:
-        path: YAML file. Relative paths inside it are taken from the working directory.
+        path: YAML file, or the name of a recipe that comes with the package, such as "w4a4/resnet18". Relative paths
+            of data and weights are taken from the working directory, those of `include` from the file's folder.
         overrides: strings such as "quant.weights.bits=2"; the value is read as YAML.
 
     Raises:
-        RecipeError: the file is missing, no valid YAML, or a field is unknown or invalid.
+        RecipeError: a file is missing, no valid YAML or includes itself, or a field is unknown or invalid.
 
     Example:
-        >>> recipe = load_recipe("configs/demo.yaml", ["quant.weights.bits=2"])  # doctest: +SKIP
-        >>> recipe.quant.weights.bits  # doctest: +SKIP
-        2
+        >>> load_recipe("digits", ["quant.weights.bits=2"]).setting
+        'W2A4'
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(path, f"cannot be read ({reason})", "give the path of a recipe file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
-    return make_recipe(tree, overrides, source=str(path))
+    path = located(path)
+    return _recipe(layers_of(path), overrides or [], str(path))
 
 
 def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
@@ -49,20 +53,93 @@ def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source
     Raises:
         RecipeError: a field is unknown or invalid.
     """
-    for override in overrides or []:
-        tree = _override(tree, override)
+    return _recipe([Layer(source, tree)], overrides or [], source)
+
+
+def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
+    """The fields of a recipe file behind those of the files that it includes: a later layer wins over an earlier.
+
+    Args:
+        path: the file.
+        within: the files that have led to it.
+
+    Raises:
+        RecipeError: a file is missing, no recipe, or includes itself.
+    """
+    tree = read_tree(path, within[-1] if within else None)
+    includes = tree.pop("include", [])
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise RecipeError(f"{path}, include", "is no list of files", "write for example include: [network.yaml]")
+    chain = (*within, path)
+    layers: list[Layer] = []
+    for inner in (path.parent / name for name in includes):
+        if any(inner.resolve() == outer.resolve() for outer in chain):
+            way = " -> ".join(str(file) for file in (*chain, inner))
+            raise RecipeError(f"{path}, include", f"goes in a circle ({way})", "take one of these out")
+        layers += layers_of(inner, chain)
+    return [*layers, Layer(str(path), tree)]
+
+
+def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
+    """The fields of one file, as they stand there.
+
+    Args:
+        path: YAML file.
+        includer: the file that includes it.
+
+    Raises:
+        RecipeError: the file is missing, no valid YAML or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        mend = (
+            f"correct include in {includer}"
+            if includer
+            else "give the path of a recipe file, or a name that calibquant recipes lists"
+        )
+        raise RecipeError(path, f"cannot be read ({reason})", mend) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
+    return tree
+
+
+def _recipe(layers: list[Layer], overrides: list[str], source: str) -> Recipe:
+    """Layers under overrides, above the preset that they name."""
+    layers = [*layers, *(Layer(source, _override(text)) for text in overrides)]
+    tree: dict[str, Any] = reduce(merged, [layer.tree for layer in layers])
+    if "include" in tree:
+        raise RecipeError(f"{source}, include", "is known in recipe files alone", "write it at the top of a file")
     preset = tree.get("preset")
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise RecipeError(f"{source}, preset", f"'{preset}' is unknown", nearest(str(preset), PRESETS))
+            where = f"{_origin(layers, ['preset'], source)}, preset"
+            raise RecipeError(where, f"'{preset}' is unknown", nearest(str(preset), PRESETS))
         tree = merged(PRESETS[preset], tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _first_problem(error, source) from None
+        raise _first_problem(error, layers, source) from None
 
 
-def _override(tree: dict[str, Any], text: str) -> dict[str, Any]:
+def _origin(layers: list[Layer], path: list[str], source: str) -> str:
+    """The source of the last layer that sets a field; `source` where none does."""
+
+    def sets(tree: Any, parts: list[str]) -> bool:
+        if not parts or not isinstance(tree, dict):
+            return not parts
+        return any(str(key) == parts[0] and sets(value, parts[1:]) for key, value in tree.items())
+
+    return next((layer.source for layer in reversed(layers) if sets(layer.tree, path)), source)
+
+
+def _override(text: str) -> dict[str, Any]:
+    """The fields that an override such as quant.weights.bits=2 sets."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override '{text}'", "is not key=value", "write for example quant.weights.bits=2")
@@ -72,17 +149,18 @@ def _override(tree: dict[str, Any], text: str) -> dict[str, Any]:
         raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
     for part in reversed(key.strip().split(".")):
         leaf = {part: leaf}
-    return merged(tree, leaf)
+    return leaf
 
 
-def _first_problem(error: ValidationError, source: str) -> RecipeError:
+def _first_problem(error: ValidationError, layers: list[Layer], source: str) -> RecipeError:
     """One line for the first problem; unknown keys first, since they often cause the others, then the deepest."""
     problem = min(error.errors(), key=lambda p: (p["type"] != "extra_forbidden", -len(p["loc"])))
     if problem["type"] == "conflict":
         context = problem["ctx"]
-        return RecipeError(f"{source}, {context['field']}", context["problem"], context["mend"])
+        where = f"{_origin(layers, context['field'].split('.'), source)}, {context['field']}"
+        return RecipeError(where, context["problem"], context["mend"])
     path, section = _field(problem["loc"])
-    where = f"{source}, {'.'.join(path)}" if path else source
+    where = f"{_origin(layers, path, source)}, {'.'.join(path)}" if path else source
     if problem["type"] == "extra_forbidden":
         return RecipeError(where, "this key is unknown", nearest(path[-1], section.model_fields))
     if problem["type"] == "missing":

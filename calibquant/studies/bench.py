@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +16,16 @@ import numpy.typing as npt
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.export.artifact import load_artifact
 from calibquant.export.parity import DEPLOY, FLOAT
-from calibquant.export.session import Session, brief, import_runtime, open_session
+from calibquant.export.session import Session, import_runtime, open_session
 from calibquant.pipeline import Reporter, run_recipe
 from calibquant.pipeline.reporting import Silent, begin, note
 from calibquant.pipeline.run_inputs import run_inputs
 from calibquant.runfolder import RECEIPT, RunFolder, open_run
+from calibquant.studies.external import PEER, static_peer
 
 BATCHES = (1, 8)  # latency, throughput
 ROUNDS = 15
 SECONDS = 0.05  # of one measurement: as many runs as that takes
-PEER = "ONNX Runtime quantize_static W8A8"
 
 Images = npt.NDArray[np.float32]
 
@@ -94,7 +91,7 @@ def bench(
     for path in also:
         files[f"{run_recipe(open_run(path)).setting} {path.name}"] = _file(open_run(path), DEPLOY)
     try:
-        files[PEER] = static_peer(files["float"], images)
+        files[PEER] = static_peer(files["float"], np.split(images, len(images)))
     except ModelError as error:
         notes.append(str(error))
         note(reporter, str(error))
@@ -132,53 +129,6 @@ def measure(
         for name, session in sessions.items():
             times[name].append(_time(partial(session.run, images), counts[name]))
         yield times
-
-
-def static_peer(model: bytes, images: Images) -> bytes:
-    """What ONNX Runtime's own quantizer makes of a float network: QDQ, uint8 activations, int8 weights per channel.
-
-    Raises:
-        ModelError: it does not take the network.
-    """
-    name = open_session(FLOAT, model, 1).inputs[0][0]
-    rows = iter([{name: images[i : i + 1]} for i in range(len(images))])
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        source, target = Path(folder) / FLOAT, Path(folder) / "quantized.onnx"
-        source.write_bytes(model)
-        try:
-            _quantize_static(source, target, rows)
-            return target.read_bytes()
-        except ImportError as error:
-            raise ModelError(PEER, f"is not available ({brief(error)})", "pip install onnx sympy") from None
-        except Exception as error:  # a tool of another package, which raises anything
-            raise ModelError(PEER, f"does not take float.onnx ({brief(error)})", "its figure is left out") from None
-
-
-def _quantize_static(source: Path, target: Path, rows: Iterator[dict[str, Images]]) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, Images] | None:
-            return next(rows, None)
-
-    quantize_static(
-        str(source), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """ONNX Runtime's Python tools set up logging when they are imported, and warn of what they are asked for."""
-    root, disabled = logging.root, logging.root.manager.disable
-    handlers, level = list(root.handlers), root.level
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 def _time(run: Callable[[], Any], count: int) -> float:

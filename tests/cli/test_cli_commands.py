@@ -166,6 +166,25 @@ def test_evaluate_a_recipe_measures_its_float_network(command: Command) -> None:
     assert f"{100 * made['float']['top1']:.2f}" in command("evaluate", "recipe.yaml")
 
 
+@pytest.mark.parametrize("target", ["run", "recipe.yaml", "run/deploy.onnx"])
+def test_evaluate_by_class(target: str, command: Command) -> None:
+    Path(json.loads(command("quantize", "recipe.yaml", "--json"))["run"]).rename("run")
+    asked = (target, "--per-class", "--confusion", "out/confusion.csv")
+    result = json.loads(command("evaluate", *asked, "--json"))
+    scores = result.get("deployed") or result.get("quantized") or result["float"]
+    assert sum(row["images"] for row in result["classes"]) == scores["labelled"] == 64
+    hits = sum(row["images"] * row["accuracy"] for row in result["classes"] if row["images"])
+    assert hits / 64 == pytest.approx(scores["top1"])
+    header, *rows = Path("out/confusion.csv").read_text().splitlines()
+    assert header.split(",")[1:] == [row.split(",")[0] for row in rows] == [str(i) for i in range(10)]
+    assert result["confusion"]["file"] == "out/confusion.csv"
+    worst = result["confusion"]["most_confused"][0]
+    assert rows[int(worst["label"])].split(",")[1 + int(worst["prediction"])] == str(worst["images"])
+    text = command("evaluate", *asked)
+    assert all(word in text for word in ("accuracy (recall) %", "Confused most", "matrix: out/confusion.csv"))
+    assert set(json.loads(command("evaluate", target, "--json"))) == set(result) - {"classes", "confusion"}
+
+
 @pytest.mark.parametrize("file", ["", "model.safetensors", "graph.json"])
 def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> None:
     made = json.loads(command("quantize", "recipe.yaml", "--json"))

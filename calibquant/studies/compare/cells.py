@@ -19,7 +19,9 @@ from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent
 from calibquant.recipe import Recipe
 from calibquant.runfolder import CHECKPOINT, RECEIPT, RunFolder, final_path, open_run, sha256
+from calibquant.studies.compare.foreign import evaluate_foreign, run_foreign
 from calibquant.studies.compare.predictions import PREDICTIONS, Classes, read_predictions, write_predictions
+from calibquant.studies.external import METHODS
 
 Way = Literal["taken", "evaluated again", "resumed", "run"]
 
@@ -29,7 +31,7 @@ class Cell:
     """What is run at one place of the table.
 
     Args:
-        method: name of a preset.
+        method: name of a preset, or of another tool's method.
         seed: of the run.
         recipe: the effective recipe; its `runs` is the cell's own folder.
     """
@@ -42,6 +44,11 @@ class Cell:
     def setting(self) -> str:
         """Such as W4A4."""
         return self.recipe.setting
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the method is another tool's."""
+        return self.method in METHODS
 
     @property
     def folder(self) -> Path:
@@ -167,13 +174,19 @@ def complete(cell: Cell, reporter: Reporter | None = None) -> Way:
         count = _images(run)
         if read_predictions(cell.folder, count) is not None:
             return "taken"
-        evaluation = evaluate_again(cell.recipe, run, bar)
+        if cell.foreign:
+            evaluation = evaluate_foreign(cell.recipe, cell.method, bar)
+        else:
+            evaluation = evaluate_again(cell.recipe, run, bar)
         if len(evaluation.predictions) != count:
             problem = f"was evaluated on {count} images, and now there are {len(evaluation.predictions)}"
             raise RunFolderError(run, problem, "restore the images, or give another folder with --out")
         _store(cell, evaluation)
         return "evaluated again"
     (cell.folder / PREDICTIONS).unlink(missing_ok=True)  # of a run that is no longer there
+    if cell.foreign:
+        _store(cell, run_foreign(cell.recipe, cell.method, bar))
+        return "run"
     stopped = _interrupted(cell)
     try:
         done = quantize(cell.recipe, reporter=bar) if stopped is None else resume(stopped, reporter=bar)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from calibquant.errors import RecipeError, nearest
 from calibquant.recipe import PRESETS, Bits, Recipe, load_recipe, make_recipe
 from calibquant.studies.compare.cells import Cell, essence
+from calibquant.studies.external import METHODS
 
 Source = str | Path | Mapping[str, Any]
 WHERE = "calibquant compare"
@@ -26,6 +27,7 @@ STUDIES = {
         ("w8a4", "w4a8", "w4a4"),
     )
 }
+FOREIGN_BITS = (8, 8)  # all that other tools' methods do
 # Keys that the study itself sets, and by what.
 TAKEN = {"preset": "--methods", "quant.weights.bits": "--bits", "quant.activations.bits": "--bits"}
 
@@ -37,7 +39,7 @@ class Study:
     Args:
         recipe: the recipe file; for fields given from Python, where they are stored.
         overrides: of the recipe, without `seed=`.
-        methods: names of presets.
+        methods: names of presets and of other tools' methods.
         settings: such as W4A4.
         seeds: of the runs.
         baseline: the method that the others are tested against.
@@ -102,13 +104,16 @@ def make_study(
         raise RecipeError(f"{WHERE}, quant.mixed", "the settings compared give the bits", "leave quant.mixed out")
     _check_names("methods", methods)
     for method in methods:
-        if method not in PRESETS:
-            raise RecipeError(f"{WHERE}, methods", f"'{method}' is unknown", nearest(method, PRESETS))
+        if method not in PRESETS and method not in METHODS:
+            raise RecipeError(f"{WHERE}, methods", f"'{method}' is unknown", nearest(method, [*PRESETS, *METHODS]))
     baseline = baseline or methods[0]
     if baseline not in methods:
         raise RecipeError(f"{WHERE}, baseline", f"'{baseline}' is not compared", nearest(baseline, methods))
     settings = [_parse_setting(text) for text in bits]
     _check_names("bits", [f"w{w}a{a}" for w, a in settings])
+    foreign = next((method for method in methods if method in METHODS), None)
+    if foreign and FOREIGN_BITS not in settings:
+        raise RecipeError(f"{WHERE}, bits", f"'{foreign}' knows 8 bits alone", "add w8a8, or leave the method out")
     if jobs < 1:
         raise RecipeError(f"{WHERE}, jobs", f"{jobs} cells at a time is no number of cells", "use 1 or more")
     chosen = _parse_seeds(seeds, base.seed)
@@ -122,8 +127,10 @@ def make_study(
         for weights, activations in settings
         for seed in chosen
         for method in methods
+        if method in PRESETS or (weights, activations) == FOREIGN_BITS
     ]
-    _check_methods(recipe, cells[: len(methods)])
+    first = cells[0].setting, cells[0].seed
+    _check_methods(recipe, [c for c in cells if (c.setting, c.seed) == first and not c.foreign])
     return Study(
         recipe=out / "recipe.yaml" if isinstance(recipe, Mapping) else Path(recipe),
         overrides=tuple(kept),
@@ -146,7 +153,9 @@ def _load(source: Source, overrides: list[str]) -> Recipe:
 def _cell(
     source: Source, overrides: list[str], out: Path, method: str, weights: int, activations: int, seed: int
 ) -> Cell:
-    fields = [f"preset={method}", f"quant.weights.bits={weights}", f"quant.activations.bits={activations}"]
+    # Other tools take network and images alone from the recipe; the rest of it says what is nearest to theirs.
+    preset = "int8" if method in METHODS else method
+    fields = [f"preset={preset}", f"quant.weights.bits={weights}", f"quant.activations.bits={activations}"]
     recipe = _load(source, [*overrides, *fields, f"seed={seed}"])
     folder = out / f"{method}-w{weights}a{activations}-seed{seed}"
     return Cell(method, seed, recipe.model_copy(update={"runs": folder}))

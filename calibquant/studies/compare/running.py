@@ -22,6 +22,7 @@ from calibquant.studies.compare.planning import Source, Study, make_study
 from calibquant.studies.compare.predictions import PREDICTIONS
 from calibquant.studies.compare.processes import complete_in_processes
 from calibquant.studies.compare.summary import summary
+from calibquant.studies.external import METHODS
 
 RESULT, PAGE = "compare.json", "compare.md"
 
@@ -57,7 +58,7 @@ def compare(
 
     Args:
         recipe: a recipe file, or its fields; what it sets wins over what a method sets.
-        methods: names of presets.
+        methods: names of presets, and of other tools' methods (`studies.external`), which do 8 bits alone.
         bits: settings such as "w4a4".
         seeds: how many, counted from the recipe's, or a list.
         baseline: the method that the others are tested against; None takes the first.
@@ -79,6 +80,8 @@ def compare(
     study = make_study(recipe, methods, bits, seeds, baseline, overrides, out, jobs)
     open_set(study.cells[0].recipe, "evaluation")  # without it a study is refused before anything is written
     present = [i for i, cell in enumerate(study.cells) if is_complete(cell)]
+    for method in {cell.method for i, cell in enumerate(study.cells) if cell.foreign and i not in present}:
+        METHODS[method].check(method)
     make_folder(study.out)
     if isinstance(recipe, Mapping):
         plain = json.loads(json.dumps(recipe, default=str))

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from calibquant.metrics import mcnemar
-from calibquant.recipe import Recipe
-from calibquant.studies.compare.cells import CellResult
+from calibquant.studies.compare.cells import Cell, CellResult
 from calibquant.studies.compare.planning import Study
 from calibquant.studies.paired import over_images, over_seeds, spread
 
@@ -34,7 +33,7 @@ def summary(study: Study, results: Sequence[CellResult]) -> dict[str, Any]:
         "command": study.command,
         "recipe": str(study.recipe),
         "overrides": list(study.overrides),
-        "methods": {cell.method: _facts(cell.recipe) for cell in study.cells},
+        "methods": {cell.method: _facts(cell) for cell in study.cells},
         "settings": list(study.settings),
         "seeds": list(study.seeds),
         "baseline": study.baseline,
@@ -50,15 +49,19 @@ def summary(study: Study, results: Sequence[CellResult]) -> dict[str, Any]:
     }
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
+def _facts(cell: Cell) -> dict[str, Any]:
     """What has to be stated with a method's results."""
+    recipe, count = cell.recipe, cell.recipe.calibration.count
+    if cell.foreign:
+        facts = {"reconstruction": "none", "iterations": None, "boundary": "none", "placement": "the tool's own"}
+        return facts | {"calibration_count": count}
     method = recipe.reconstruct.method
     return {
         "reconstruction": method,
         "iterations": None if method == "none" else recipe.reconstruct.iterations,
         "boundary": recipe.quant.boundary,
         "placement": recipe.quant.placement,
-        "calibration_count": recipe.calibration.count,
+        "calibration_count": count,
     }
 
 
