@@ -158,5 +158,6 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
 
 def _stem(recipe: Recipe, network: nn.Module | None) -> str:
     name = recipe.model.name if network is None or recipe.model.name else type(network).__name__.lower()
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or "network")
+    name = (name or "network").replace("\\", "/").rpartition("/")[2]  # of path/to/file.py:function
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return f"{safe}-{recipe.setting.lower()}"
