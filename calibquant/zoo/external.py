@@ -138,8 +138,9 @@ def _blamed_on(path: Path) -> Iterator[None]:
             file, line = error.filename or str(path), error.lineno
         else:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-            file, line = str(path), lines[-1] if lines else 1
-        raise ModelError(f"{file}, line {line}", _first_line(error), "correct the code, or model.options") from error
+            file, line = str(path), lines[-1] if lines else None  # none where the function is another file's
+        where = file if line is None else f"{file}, line {line}"
+        raise ModelError(where, _first_line(error), "correct the code, or model.options") from error
 
 
 def _network(made: object, where: str) -> nn.Module:

@@ -67,8 +67,10 @@ def naming_of(network: nn.Module, keys: Iterable[str], wrapper: str | None) -> t
     for naming in _NAMINGS.get(type(network), ()):
         if not naming.wrappers or wrapper in naming.wrappers:
             translated = naming.translate(known)
-            if translated is not None and set(_lasting(translated.values())) == wanted:
-                return naming, translated
+            if translated is not None:
+                ours = _lasting(translated.values())
+                if len(ours) == len(wanted) and set(ours) == wanted:  # no two of theirs are one of ours
+                    return naming, translated
     return None
 
 

@@ -118,6 +118,19 @@ def timm_mobilenetv2_035(num_classes: int) -> nn.Module:
     return TimmEfficientNet(16, 8, stages, nn.ReLU6, num_classes)
 
 
+def timm_mobilenetv2_110d(num_classes: int) -> nn.Module:
+    """The same with 1.2 times as many blocks in the middle stages, and 1.1 times as wide."""
+    stages = [
+        (3, 3, 2, 6, 24),
+        (4, 3, 2, 6, 32),
+        (5, 3, 2, 6, 72),
+        (4, 3, 1, 6, 104),
+        (4, 3, 2, 6, 176),
+        (1, 3, 1, 6, 352),
+    ]
+    return TimmEfficientNet(32, 16, stages, nn.ReLU6, num_classes)
+
+
 def timm_mnasnet_050(num_classes: int) -> nn.Module:
     """ds_r1_k3_s1_c16_noskip, ir_r3_k3_s2_e3_c24, ir_r3_k5_s2_e3_c40, … times 0.5, in multiples of 8."""
     stages = [

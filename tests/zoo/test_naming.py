@@ -16,6 +16,7 @@ from author_networks import (
     randomize,
     timm_mnasnet_050,
     timm_mobilenetv2_035,
+    timm_mobilenetv2_110d,
 )
 from torch import Tensor, nn
 
@@ -104,6 +105,13 @@ def test_another_depth_or_width_is_not_taken(tmp_path: Path) -> None:
         zoo.load_weights(zoo.build("regnet_x_400mf", num_classes=5), tmp_path / "w.pth")
     with pytest.raises(ModelError, match="does not fit the network"):
         zoo.load_weights(zoo.build("regnet_x_200mf", num_classes=5), tmp_path / "w.pth")
+
+
+def test_more_blocks_are_not_folded_onto_fewer(tmp_path: Path) -> None:
+    """Each name of mobilenetv2_110d has a place in the shorter network, but some have the same."""
+    torch.save(timm_mobilenetv2_110d(5).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"does not fit the network: \d+ missing"):
+        zoo.load_weights(zoo.build("mobilenet_v2", num_classes=5), tmp_path / "w.pth")
 
 
 def test_networks_outside_the_zoo_are_not_translated(tmp_path: Path) -> None:
