@@ -137,7 +137,7 @@ class Site:
 
     def network(self, network: nn.Module) -> None:
         """Let the zoo build this network."""
-        self.monkeypatch.setattr("calibquant.pipeline.preparing.build_model", lambda recipe: network.eval())
+        self.monkeypatch.setattr("calibquant.pipeline.preparing.build_model", lambda recipe, tell: network.eval())
 
 
 def flip(path: Path) -> None:

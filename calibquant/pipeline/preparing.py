@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,18 +102,20 @@ def prepare(
     network: nn.Module | None = None,
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Open images and network, capture it, fold BatchNorm, and check that it still computes the same.
 
     Args:
         recipe: where network and images come from, and which images calibrate.
         network, calibration, evaluation: live ones instead; see `quantize`.
+        tell: hears how the file of weights was read, if that is not plain.
 
     Raises:
         CalibQuantError: something about the recipe, network or images.
     """
     if network is None:
-        network = build(recipe)
+        network = build(recipe, tell)
     else:
         _check_finite(network)
         network = copy.deepcopy(network).to("cpu", torch.float32).eval()
@@ -157,8 +159,8 @@ def _check_finite(network: nn.Module) -> None:
             raise ModelError(f"network, parameter '{name}'", problem, "give a network whose training did not diverge")
 
 
-def build(recipe: Recipe) -> nn.Module:
-    """The recipe's network with its weights, in eval mode.
+def build(recipe: Recipe, tell: Callable[[str], None] = lambda _: None) -> nn.Module:
+    """The recipe's network with its weights, in eval mode; `tell` hears how their file was read, if not plainly.
 
     Raises:
         RecipeError: the recipe names no network.
@@ -168,7 +170,7 @@ def build(recipe: Recipe) -> nn.Module:
         raise RecipeError("recipe, model.name", "this field is required", "name a network of the zoo")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # what the weights file does not give is drawn the same way each time
-        return build_model(recipe.model)
+        return build_model(recipe.model, tell)
 
 
 def open_set(recipe: Recipe, split: Literal["calibration", "evaluation"]) -> ImageSet:

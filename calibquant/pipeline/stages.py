@@ -141,7 +141,7 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
     """
     device = resolve_device(recipe.device)
     with steps.begin("prepare", "Open the network and the images"):
-        prepared = prepare(recipe, *live)
+        prepared = prepare(recipe, *live, tell=partial(note, steps.reporter))
         _check_entries(recipe, prepared)
         check_corrections(recipe, prepared)
     quant = recipe.quant

@@ -107,7 +107,8 @@ def made_of(recipe: Recipe, manifest: str, count: int, packages: Sequence[str] =
 def run_stem(recipe: Recipe, network: nn.Module | None, what: str) -> str:
     """A run folder's name without its number: the network, and `what` was done with it."""
     name = recipe.model.name if network is None or recipe.model.name else type(network).__name__.lower()
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or "network")
+    name = (name or "network").replace("\\", "/").rpartition("/")[2]  # of path/to/file.py:function
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return f"{safe}-{what}"
 
 

@@ -34,8 +34,10 @@ class Section(BaseModel):
 class ModelRecipe(Section):
     """Which network, and its trained weights."""
 
-    name: str | None = Field(default=None, description="a network of the zoo, e.g. cifar_resnet20")
-    options: dict[str, Any] = Field(default={}, description="arguments of the zoo's builder, e.g. {padding: tf_same}")
+    name: str | None = Field(
+        default=None, description="a network of the zoo, e.g. cifar_resnet20; timm:NAME; torchvision:NAME; FILE.py:NAME"
+    )
+    options: dict[str, Any] = Field(default={}, description="arguments of its builder, e.g. {padding: tf_same}")
     weights: Path | None = Field(default=None, description="state_dict file; none keeps the random initialization")
     submodule: str | None = Field(default=None, description="dotted name of the part to quantize, e.g. backbone")
 

@@ -5,10 +5,11 @@ Nothing here unpickles: .safetensors files hold no code, every other file goes t
 
 from __future__ import annotations
 
+import difflib
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibquant.errors import ModelError, nearest
+from calibquant.errors import ModelError
 from calibquant.recipe import ModelRecipe
+from calibquant.zoo.naming import naming_of
 from calibquant.zoo.registry import build, names
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+# Of several, the first is taken: weights as they were trained come before their running means.
+WRAPPERS = (
+    "state_dict", "model", "model_state_dict", "model_state", "net", "network",
+    "state_dict_ema", "model_ema", "ema_state", "ema",
+)  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")
+_NAMED = 3  # keys of a mismatch that an error names
 _SAVE_STATE = "save network.state_dict() with torch.save, or as .safetensors, and give that file"
 
 
-def build_model(recipe: ModelRecipe) -> nn.Module:
+def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: None) -> nn.Module:
     """The whole network a recipe names, with its weights if it gives a file, in eval mode.
+
+    Args:
+        recipe: which network.
+        tell: hears how the file of weights was read, if that is not plain.
 
     Raises:
         ModelError: the name is missing, or it, an option or the file of weights is not valid.
@@ -41,31 +52,48 @@ def build_model(recipe: ModelRecipe) -> nn.Module:
         raise ModelError("model.name", "no network is named", "give a name of the zoo: " + ", ".join(names()))
     network = build(recipe.name, **recipe.options)
     if recipe.weights is not None:
-        load_weights(network, recipe.weights)
+        remark = load_weights(network, recipe.weights)
+        if remark:
+            tell(remark)
     return network.eval()
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
+def load_weights(network: nn.Module, path: str | Path) -> str:
     """Load a state_dict into `network`, all of it or, on an error, nothing.
 
-    A dictionary around the state_dict (`state_dict`, `model`, `model_state_dict`, `net`) and a prefix common to all
-    keys (`module.`, `_orig_mod.`) are taken off; `num_batches_tracked` may be missing.
+    A dictionary around the state_dict (one of `WRAPPERS`) and a prefix common to all keys (`module.`, `_orig_mod.`) are
+    taken off, and key names of other authors (see `naming`) are translated for a network of the zoo;
+    `num_batches_tracked` may be missing.
 
     Args:
         network: receives the weights; its keys and shapes must be those of the file.
         path: .safetensors, or what torch.save wrote.
+
+    Returns:
+        what is worth knowing about how the file was read, in words; "" where it is plain.
 
     Raises:
         ModelError: the file is missing, damaged, not weights, holds code, or does not fit the network.
     """
     path = Path(path)
     targets = network.state_dict()
-    loaded = _strip_prefixes(_state_dict(_read(path), path), targets)
-    _check_keys(loaded, targets, path)
-    ready = {key: _checked(key, value, targets[key], path) for key, value in loaded.items()}
+    found, wrapper, others = _state_dict(_read(path), path)
+    loaded = _strip_prefixes(found, targets)
+    remarks = [f"of its weights '{wrapper}' are taken; it also holds {', '.join(others)}"] if others else []
+    ours, reversed_input = {key: key for key in loaded}, None
+    if ours.keys() - targets.keys() and (other := naming_of(network, loaded, wrapper)):
+        naming, ours = other
+        reversed_input = naming.reversed_input
+        remarks.append(f"its key names are {naming.authors}'s")
+    _check_keys(list(ours.values()), targets, path)
+    ready = {ours[key]: _checked(key, value, targets[ours[key]], path) for key, value in loaded.items()}
+    if reversed_input is not None:
+        ready[reversed_input] = ready[reversed_input].flip(1)
+        remarks.append("the input channels are turned from blue, green, red to red, green, blue")
     with torch.no_grad():
         for key, value in ready.items():
             targets[key].copy_(value)
+    return f"{path}: {'; '.join(remarks)}" if remarks else ""
 
 
 def save_weights(network: nn.Module, path: str | Path) -> None:
@@ -130,10 +158,14 @@ def _refusal(path: Path, reason: str) -> ModelError:
     return ModelError(path, f"is a pickle that would run code ({named[1]}); it was not loaded", _SAVE_STATE)
 
 
-def _state_dict(held: object, path: Path) -> dict[str, Tensor]:
-    """The state_dict in what a file holds, taken out of its wrapper."""
+def _state_dict(held: object, path: Path) -> tuple[dict[str, Tensor], str | None, list[str]]:
+    """The state_dict in what a file holds, the wrapper it was taken from, and other wrappers there."""
+    wrapper, others = None, list[str]()
     if isinstance(held, Mapping):
-        held = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), held)
+        wrappers = [key for key in WRAPPERS if isinstance(held.get(key), Mapping)]
+        if wrappers:
+            wrapper, *others = wrappers
+            held = held[wrapper]
     if not isinstance(held, Mapping):
         raise ModelError(path, f"holds a {type(held).__name__}, not a state_dict", _SAVE_STATE)
     if not held:
@@ -141,7 +173,7 @@ def _state_dict(held: object, path: Path) -> dict[str, Tensor]:
     for key, value in held.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ModelError(f"{path}, entry '{key}'", f"is a {type(value).__name__}, not a tensor", _SAVE_STATE)
-    return dict(held)
+    return dict(held), wrapper, others
 
 
 def _strip_prefixes(loaded: dict[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -153,21 +185,20 @@ def _strip_prefixes(loaded: dict[str, Tensor], targets: Mapping[str, Any]) -> di
     return loaded
 
 
-def _check_keys(loaded: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
+def _check_keys(loaded: Sequence[str], targets: Mapping[str, Tensor], path: Path) -> None:
     missing = [key for key in targets if key not in loaded and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in loaded if key not in targets]
     if not missing and not unexpected:
         return
     parts = [_some(word, keys) for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
-    hint = nearest(unexpected[0], missing) if missing and unexpected else ""
-    close = f" ({unexpected[0]}: {hint})" if hint.startswith("did you mean") else ""
-    mend = "check model.name and model.options, e.g. num_classes" + close
+    close = {key: difflib.get_close_matches(key, missing, n=1) for key in unexpected[:_NAMED]}
+    hints = [f"{key}: did you mean '{near[0]}'?" for key, near in close.items() if near]
+    mend = "check model.name and model.options, e.g. num_classes" + (f" ({' '.join(hints)})" if hints else "")
     raise ModelError(path, "does not fit the network: " + ", ".join(parts), mend)
 
 
-def _some(word: str, keys: Iterable[str]) -> str:
-    keys = list(keys)
-    return f"{len(keys)} {word} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+def _some(word: str, keys: Sequence[str]) -> str:
+    return f"{len(keys)} {word} ({', '.join(keys[:_NAMED])}{', …' if len(keys) > _NAMED else ''})"
 
 
 def _checked(key: str, value: Tensor, target: Tensor, path: Path) -> Tensor:

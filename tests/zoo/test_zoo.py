@@ -11,23 +11,41 @@ from calibquant import zoo
 from calibquant.errors import ModelError
 from calibquant.zoo.mobilenet import ConvBNReLU6, pad_same_stride2, round_channels
 
+# Of the papers, torchvision's documentation, Keras and MLPerf Tiny, without BatchNorm's statistics. What timm's table
+# has in millions only, and the networks without a published number, are in test_families.py.
 PUBLISHED_SIZES = {
     "cifar_resnet20": 269_722,
     "cifar_resnet32": 464_154,
     "cifar_resnet44": 658_586,
     "cifar_resnet56": 853_018,
     "cifar_resnet110": 1_727_962,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v1_vww": 221_794 - 5_472,
     "mobilenet_v2": 3_504_872,
+    "mnasnet0_5": 2_218_512,
+    "mnasnet0_75": 3_170_208,
+    "mnasnet1_0": 4_383_312,
+    "mnasnet1_3": 6_282_256,
+    "mnasnet2_0": 12_469_944,
     "squeezenet1_1": 1_235_496,
     "digits_resnet": 77_754,
+    "regnet_x_200mf": 2_684_792,
+    "regnet_x_400mf": 5_495_976,
+    "regnet_x_600mf": 6_196_040,
+    "regnet_x_800mf": 7_259_656,
+    "regnet_x_1_6gf": 9_190_136,
+    "regnet_x_3_2gf": 15_296_552,
+    "resnet8": 78_666 - 480,
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
     "vgg16_bn": 138_365_992,
+    "wide_resnet20": 12_354_634,
     "inception_v3": 27_161_264,
 }
+SLOW = ("cifar_resnet110", "vgg16_bn", "resnet101", "resnet152", "mnasnet2_0", "regnet_x_3_2gf")
 
 
 def test_every_network_has_its_published_number_of_parameters() -> None:
@@ -38,7 +56,7 @@ def test_every_network_has_its_published_number_of_parameters() -> None:
         assert sum(p.numel() for p in network.parameters()) == size, name
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED_SIZES if name not in ("cifar_resnet110", "vgg16_bn")])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_SIZES if name not in SLOW])
 def test_output_shape_and_symbolic_trace(name: str) -> None:
     network = zoo.build(name, num_classes=7).eval()
     channels, height, width = zoo.input_shape(name)
@@ -67,8 +85,26 @@ def test_resnet_keys_are_torchvisions() -> None:
     assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
 
 
-def test_mobilenet_width_follows_the_published_rounding() -> None:
-    assert sum(p.numel() for p in zoo.build("mobilenet_v2", width=0.5).parameters()) == 1_968_680
+@pytest.mark.parametrize(
+    ("width", "channels", "millions"),
+    [  # channels of TensorFlow's checkpoints, parameters of timm's table
+        (0.35, (16, 8, 8, 16, 24, 32, 56, 112, 1280), 1.68),
+        (0.5, (16, 8, 16, 16, 32, 48, 80, 160, 1280), 1.97),
+        (0.75, (24, 16, 24, 24, 48, 72, 120, 240, 1280), 2.64),
+        (1.4, (48, 24, 32, 48, 88, 136, 224, 448, 1792), 6.11),
+    ],
+)
+def test_mobilenet_width_follows_the_published_rounding(
+    width: float, channels: tuple[int, ...], millions: float
+) -> None:
+    """Multiples of 8; only what is wider than 1 widens the last layer."""
+    with torch.device("meta"):
+        network = zoo.build("mobilenet_v2", width=width)
+    state = network.state_dict()
+    last_of_stage = [1, 3, 6, 10, 13, 16, 17]
+    found = [state[f"features.{i}.conv.{2 if i == 1 else 3}.weight"].shape[0] for i in last_of_stage]
+    assert (state["features.0.0.weight"].shape[0], *found, state["features.18.0.weight"].shape[0]) == channels
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
     assert [round_channels(c) for c in (4, 11, 12, 19, 24)] == [8, 16, 16, 24, 24]
 
 

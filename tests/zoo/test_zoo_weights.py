@@ -46,6 +46,8 @@ FORMS: dict[str, Callable[[State], Any]] = {
     "model": lambda state: {"model": state, "optimizer": {"lr": 0.1}},
     "model_state_dict": lambda state: {"model_state_dict": state},
     "net": lambda state: {"net": state, "acc": 0.9},
+    "pycls": lambda state: {"epoch": 99, "model_state": state, "optimizer_state": {}},
+    "EMA only": lambda state: {"state_dict_ema": state},
     "module.": lambda state: {"state_dict": prefixed(state, "module.")},
     "compiled": lambda state: prefixed(state, "module._orig_mod."),
     "compiled inside": lambda state: prefixed(state, "_orig_mod.module."),
@@ -60,7 +62,20 @@ FORMS: dict[str, Callable[[State], Any]] = {
 def test_forms_that_load(form: str, zipped: bool, network: nn.Module, other: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth.tar"
     torch.save(FORMS[form](other), path, _use_new_zipfile_serialization=zipped)
-    zoo.load_weights(network, path)
+    assert zoo.load_weights(network, path) == ""
+    assert same(network, other)
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model_state", "ema_state")]
+)
+def test_of_several_wrappers_the_trained_weights_are_taken_and_named(
+    taken: str, left: str, network: nn.Module, other: State, tmp_path: Path
+) -> None:
+    averaged = {key: value + 1 for key, value in other.items()}
+    torch.save({left: averaged, "epoch": 3, taken: prefixed(other, "module.")}, tmp_path / "w.pth")
+    said = zoo.load_weights(network, tmp_path / "w.pth")
+    assert said == f"{tmp_path / 'w.pth'}: of its weights '{taken}' are taken; it also holds {left}"
     assert same(network, other)
 
 
@@ -213,14 +228,17 @@ def test_errors_are_one_line_and_leave_the_network(case: str, network: nn.Module
     assert same(network, before)
 
 
-def test_renamed_keys_are_counted_and_the_nearest_is_suggested(
+def test_renamed_keys_are_counted_and_the_nearest_are_suggested(
     network: nn.Module, other: State, tmp_path: Path
 ) -> None:
     torch.save(renamed(other), tmp_path / "w.pt")
     with pytest.raises(ModelError) as error:
         zoo.load_weights(network, tmp_path / "w.pt")
-    assert ", …)" in str(error.value)
-    assert "did you mean 'layer1.0.conv1.weight'?" in str(error.value)
+    assert "42 missing (layer1.0.conv1.weight, layer1.0.bn1.weight, layer1.0.bn1.bias, …)" in str(error.value)
+    assert f"{len(renamed(other).keys() - other.keys())} unexpected (stage1.0.conv1.weight, " in str(error.value)
+    for key in ("conv1.weight", "bn1.weight", "bn1.bias"):
+        assert f"stage1.0.{key}: did you mean 'layer1.0.{key}'?" in str(error.value)
+    assert str(error.value).count("did you mean") == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
