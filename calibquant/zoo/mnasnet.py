@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibquant.zoo.mobilenet import round_channels
 
-# Kernel, expansion, channels, repetitions, stride of the first; figure 7 of the paper without squeeze-and-excitation.
+# Kernel, expansion, channels, repetitions, stride of the first; of the model b1 that the authors released.
 _STAGES = (
     (3, 3, 24, 3, 2), (5, 3, 40, 3, 2), (5, 6, 80, 3, 2), (3, 6, 96, 2, 1), (5, 6, 192, 4, 2), (3, 6, 320, 1, 1),
 )  # fmt: skip

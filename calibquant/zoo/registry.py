@@ -74,7 +74,7 @@ _RESNETS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]]
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
-# Blocks and channels of the four stages, and channels of a group; the paper's figures 17 and following.
+# Blocks and channels of the four stages, and channels of a group; figure 17 of the paper.
 _REGNETS = {
     "200mf": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
     "600mf": ((1, 3, 5, 7), (48, 96, 240, 528), 24),

@@ -230,15 +230,20 @@ def test_the_regularizers_weight_is_looked_up(name: str | None, weight: float) -
 
 
 def test_a_run_does_not_need_the_file_that_made_its_network(tmp_path: Path) -> None:
-    """Its folder is named after the function; it loads, and is evaluated, when the file is gone."""
+    """Its folder is named after the function, its log says how the weights were read, and it loads without the file."""
     write_nets()
+    weights = zoo.build("nets/mine.py:net").state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, "w.pth")
     run = calibquant.quantize({
-        "model": {"name": "nets/mine.py:net", "options": {"num_classes": 10}},
+        "model": {"name": "nets/mine.py:net", "options": {"num_classes": 10}, "weights": "w.pth"},
         "data": {"kind": "digits", "preprocess": {"resize": 16, "mean": [0.5], "std": [0.5]}},
         "calibration": {"count": 16}, "evaluation": {"count": 20}, "runs": "runs", "threads": 1,
         "quant": {"weights": {"observer": "minmax"}, "activations": {"observer": "minmax"}},
     })  # fmt: skip
     assert run.folder.name == "mine.py-net-w4a4-001"
+    assert "w.pth: of its weights 'state_dict' are taken; it also holds state_dict_ema" in (
+        run.folder / "log.txt"
+    ).read_text(encoding="utf-8")
     x = torch.randn(4, 1, 16, 16)
     Path("nets/mine.py").unlink()
     Path("nets/layers.py").unlink()
