@@ -80,6 +80,11 @@ def test_values_that_are_not_finite_name_the_image(value: float) -> None:
         list(batches(TensorImages(tensor), 3))
 
 
+def test_finite_values_are_taken_however_large() -> None:
+    tensor = torch.full((4, 3, 2, 2), 3e38)  # their sum is infinite
+    assert torch.equal(next(iter(batches(TensorImages(tensor), 4))).images, tensor)
+
+
 def folder(root: Path, on_error: str = "fail", settings: Preprocess | None = None) -> ImageSet:
     fields = {"kind": "folder", "root": root, "on_error": on_error, "preprocess": settings or Preprocess()}
     return open_images(DataRecipe.model_validate(fields), "calibration")

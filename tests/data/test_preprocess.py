@@ -116,6 +116,14 @@ def test_normalization_has_the_bits_of_torchvisions_arithmetic() -> None:
     assert torch.equal(preprocess(image, settings, "x"), chw.clone().sub_(mean).div_(std))
 
 
+def test_the_result_is_contiguous_and_its_source_may_be_read_only() -> None:
+    pixels = np.zeros((3, 4, 5), dtype=np.uint8)
+    pixels.flags.writeable = False  # as in a memory-mapped file
+    got = preprocess_pixels(pixels, Preprocess(), "x")
+    assert got.is_contiguous()
+    assert preprocess(picture(6, 7), Preprocess(crop=4), "x").is_contiguous()
+
+
 def test_grey_images_keep_one_channel() -> None:
     grey = Image.fromarray(np.array([[0, 255], [51, 102]], dtype=np.uint8))
     got = preprocess(grey, Preprocess(mean=(0.5,), std=(0.5,)), "x")

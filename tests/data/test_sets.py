@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from calibquant.data import TensorImages, check_labels, open_images
+from calibquant.data import (
+    TensorImages,
+    UnreadableImageError,
+    check_labels,
+    make_manifest,
+    manifest_csv,
+    open_images,
+)
 from calibquant.errors import DataError
 from calibquant.recipe import DataRecipe, Preprocess
 
@@ -132,6 +139,39 @@ def test_csv_lists(tmp_path: Path, text: str, labels: list[int]) -> None:
     assert [images.name(i) for i in range(len(images))] == ["b.png", "a.png"]
     assert images.labels().tolist() == labels
     assert [images.label(i) for i in range(2)] == [None if x < 0 else x for x in labels]
+
+
+def test_a_listed_hash_is_checked_whenever_the_file_is_read(tmp_path: Path, save_image: Save) -> None:
+    digest = hashlib.sha256(save_image("a.png").read_bytes()).hexdigest()
+    save_image("b.png", seed=1)
+    images = csv_set(tmp_path, f"path,sha256\na.png,{digest.upper()}\nb.png,{digest}\nb.png,\n")
+    assert images.image(0).shape == images.image(2).shape == (3, 6, 8)
+    assert images.sha256(0) == digest
+    for read in (images.image, images.sha256):
+        with pytest.raises(DataError, match=r"b.png: is not the file that was listed: .*; restore the file") as raised:
+            read(1)
+        assert not isinstance(raised.value, UnreadableImageError)
+
+
+def test_a_manifest_of_files_is_a_list(tmp_path: Path, save_image: Save) -> None:
+    for name in ("train/x/a.png", "train/y/b.png", "train/y/c.png"):
+        save_image(name, seed=ord(name[-5]))
+    found = open_images(folder(tmp_path), "calibration")
+    manifest = make_manifest(found, [2, 0], "random", 7)
+    again = csv_set(tmp_path, manifest_csv(manifest))
+    assert [again.name(i) for i in range(2)] == ["train/y/c.png", "train/x/a.png"]
+    assert again.labels().tolist() == [1, 0]
+    assert torch.equal(again.image(0), found.image(2))
+
+
+def test_links_to_class_folders_are_followed(tmp_path: Path, save_image: Save) -> None:
+    save_image("elsewhere/cat/a.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/cat").symlink_to(tmp_path / "elsewhere/cat")
+    (tmp_path / "elsewhere/cat/circle").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/cat/gone.png").symlink_to(tmp_path / "nowhere.png")
+    images = open_images(folder(tmp_path), "calibration")
+    assert [images.name(i) for i in range(len(images))] == ["train/cat/a.png"]
 
 
 def test_csv_takes_absolute_paths(tmp_path: Path, save_image: Save) -> None:

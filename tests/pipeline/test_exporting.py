@@ -265,7 +265,7 @@ def test_a_file_in_a_run_is_measured_beside_float_and_simulation(
     metrics = json.loads((run / "metrics.json").read_text())
     result = evaluate_onnx(run / DEPLOY)
     assert set(result) == {
-        "file", "recipe", "run", "setting", "float", "quantized", "deployed", "agreement_with_simulation",
+        "file", "recipe", "run", "setting", "float", "quantized", "deployed", "agreement_with_simulation", "skipped",
     }  # fmt: skip
     assert result["quantized"]["top1"] == metrics["quantized"]["top1"]
     assert result["float"]["loss"] == pytest.approx(metrics["float"]["loss"], rel=1e-4)
@@ -287,7 +287,7 @@ def test_a_file_elsewhere_needs_a_recipe(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"recipe.yaml: there is no recipe beside the file; name one with --recipe"):
         evaluate_onnx(file)
     result = evaluate_onnx(file, run / "recipe.yaml", ["evaluation.count=8"])
-    assert (set(result), result["deployed"]["count"]) == ({"file", "recipe", "deployed"}, 8)
+    assert (set(result), result["deployed"]["count"]) == ({"file", "recipe", "deployed", "skipped"}, 8)
     shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
     assert evaluate_onnx(file)["deployed"]["count"] == 40
 
