@@ -74,7 +74,7 @@ def framework_int8(prepared: Prepared, batches: Iterable[Tensor]) -> Converted:
     """PyTorch's static PTQ (PT2E, package torchao) as its x86 backend sets it up, simulated by PyTorch.
 
     Weights int8, symmetric, per channel, by min-max; activations uint8 per tensor from histograms; convolutions and
-    linear layers with what the backend fuses to them. BatchNorm is folded by the tool itself.
+    linear layers with what the backend fuses to them. It gets the captured network, BatchNorm folded.
 
     Raises:
         ModelError: the tool does not take the network.
@@ -83,21 +83,25 @@ def framework_int8(prepared: Prepared, batches: Iterable[Tensor]) -> Converted:
     example = next(batches)
     with quiet(), torch.no_grad():
         try:
-            network = _pt2e(prepared.network, example, chain([example], batches))
+            network = _pt2e(prepared.teacher, example, chain([example], batches))
         except Exception as error:  # tools of another package, which raise anything
             raise ModelError("framework-int8", f"does not take the network ({brief(error)})", LEAVE_OUT) from None
     read = _tensors_read(network)
     low = sum(t.numel() for t in read if t.dtype == torch.int8 and t.dim() > 1)
+    if not low:
+        raise ModelError("framework-int8", "quantizes nothing of this network", LEAVE_OUT)
     size = sum(t.numel() * t.element_size() for t in read)
     return Converted(network, size, _mean_bits(prepared, low))
 
 
-def _pt2e(network: nn.Module, example: Tensor, batches: Iterable[Tensor]) -> fx.GraphModule:
+def _pt2e(network: fx.GraphModule, example: Tensor, batches: Iterable[Tensor]) -> fx.GraphModule:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     two = torch.cat([example, example])[:2]  # a batch of one image would be taken for a constant size
-    exported = torch.export.export(network, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    sizes = ({0: torch.export.Dim("batch")},)
+    # strict: without it the backend knows layers by their modules, and those that share one ReLU stop it.
+    exported = torch.export.export(network, (two,), dynamic_shapes=sizes, strict=True).module()
     backend = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     observed = prepare_pt2e(exported, backend)
     for batch in batches:
