@@ -73,6 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "banner-allocation": _analytic(_MINMAX, _ALLOCATION),
     "banner-correction": _analytic(_MINMAX, _CORRECTION),
     "banner-all": _analytic(_MINMAX, _CLIPPING, _ALLOCATION, _CORRECTION),
+    # ACIQ's clipping, with biases corrected on the calibration images.
+    "aciq": _analytic({"activations": {"observer": "aciq"}}, {"bias_correction": "empirical"}),
     # What CalibQuant does without a gradient, deployable as integers.
     "analytic": _analytic(
         {"weights": {"observer": "mse", "rounding": "gram"}, "activations": {"observer": "mse"}},

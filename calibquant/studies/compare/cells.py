@@ -104,7 +104,10 @@ def same_run(wanted: Recipe, found: Recipe) -> bool:
 
 def essence(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe that decide what a run finds; those of reconstruction only where there is one."""
-    elsewhere: dict[str, Any] = {"preset": True, "runs": True, "threads": True, "device": True, "data": {"workers"}}
+    elsewhere: dict[str, Any] = {
+        "preset": True, "runs": True, "threads": True, "device": True, "data": {"workers"},
+        "evaluation": {"batch_size"},
+    }  # fmt: skip
     fields = recipe.model_dump(mode="json", exclude=elsewhere)
     if recipe.reconstruct.method == "none":
         del fields["reconstruct"]
