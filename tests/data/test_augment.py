@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from PIL import Image
 from scipy.stats import chisquare, kstest
 from torch import Tensor
 
-from calibquant.data import Augmented, ImageSet, TensorImages, batches
+from calibquant.data import Augmented, ImageSet, TensorImages, batches, open_images
 from calibquant.data.augment import augment, black_of, crop_box, epoch_draws
 from calibquant.data.preprocess import preprocess, resize
 from calibquant.errors import DataError
-from calibquant.recipe import AugmentRecipe, Preprocess
+from calibquant.recipe import AugmentRecipe, DataRecipe, Preprocess
 
 DARK = Preprocess(mean=(0.0,), std=(1.0,))
 GREY = Preprocess(mean=(0.5,), std=(0.25,))
@@ -186,3 +187,19 @@ def test_random_resized_crops_need_a_size_and_pictures() -> None:
     tensors = Augmented(TensorImages(torch.zeros(2, 3, 8, 8)), settings, COLOR, 0, 0)
     with pytest.raises(DataError, match=r"tensor#1: is preprocessed already, .*; leave data\.augment\.scale out"):
         tensors.image(1)
+
+
+def test_processes_augment_as_threads_do(tmp_path: Path) -> None:
+    """What is sent to a process is the augmented set, not the one beneath it."""
+    for i in range(300):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:03d}.png")
+    settings = Preprocess()
+    results = []
+    for workers in (0, 1):
+        recipe = DataRecipe(kind="folder", root=tmp_path, evaluation=".", workers=workers, preprocess=settings)
+        changed = Augmented(open_images(recipe, "evaluation"), AugmentRecipe(pad=2, flip=True), settings, 7, 0)
+        results.append(torch.cat([batch.images for batch in batches(changed.subset(range(280)), 70)]))
+    plain = torch.cat([batch.images for batch in batches(open_images(recipe, "evaluation"), 280)])[:280]
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], plain)
