@@ -97,12 +97,9 @@ class ScoreAccumulator:
         return _join(self._predictions, np.int64)
 
     @property
-    def confusion(self) -> npt.NDArray[np.int64]:
-        """How many images of each label got each prediction so far, (classes, classes); rows are labels."""
-        labels, classes = _join(self._labels, np.int64), self.num_classes or 0
-        known = labels >= 0
-        cells = labels[known] * classes + self.predictions[known]
-        return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Label of each image so far, -1 where unknown, shape (N,)."""
+        return _join(self._labels, np.int64)
 
     def update(self, logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[np.int64] | Sequence[int]) -> None:
         """Add a batch.
@@ -151,7 +148,7 @@ class ScoreAccumulator:
         Raises:
             ValueError: the reference has another length.
         """
-        predictions, labels = self.predictions, _join(self._labels, np.int64)
+        predictions, labels = self.predictions, self.labels
         known = labels >= 0
         fields: dict[str, Any] = {}
         if known.any():
@@ -186,6 +183,24 @@ def score(
     accumulator = ScoreAccumulator()
     accumulator.update(logits, labels)
     return accumulator.result(reference_predictions)
+
+
+def confusion_matrix(
+    labels: npt.NDArray[np.int64], predictions: npt.NDArray[np.int64], classes: int
+) -> npt.NDArray[np.int64]:
+    """How many images of each label got each prediction, int64 (classes, classes); rows are labels.
+
+    Args:
+        labels: below `classes`, shape (N,); images of label -1 are left out.
+        predictions: from 0 and below `classes`, shape (N,).
+
+    Example:
+        >>> confusion_matrix(np.array([0, 1, 1, -1]), np.array([0, 0, 1, 1]), 2).tolist()
+        [[1, 0], [1, 1]]
+    """
+    known = labels >= 0
+    cells = labels[known] * classes + predictions[known]
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibquant.data import Batch, ImageSet, batches, check_labels
 from calibquant.errors import DataError, ModelError
-from calibquant.metrics import ScoreAccumulator, Scores
+from calibquant.metrics import ScoreAccumulator, Scores, confusion_matrix
 from calibquant.parallel import images_at_once
 
 MOST_AT_ONCE = 250  # images
@@ -26,15 +26,22 @@ class Evaluation:
         scores: the metrics.
         predictions: class of each image, int64, shape (N,); pass it as `reference` to evaluate another network.
         indices: which images of the set these are; unreadable ones that were skipped are missing.
-        confusion: images of each label (row) with each prediction (column), int64, shape (classes, classes).
+        labels: of these images, int64, shape (N,), -1 where unknown.
+        classes: how many the network tells apart.
         logits: float32, shape (N, classes), on the CPU; None unless they were to be kept.
     """
 
     scores: Scores
     predictions: npt.NDArray[np.int64]
     indices: tuple[int, ...]
-    confusion: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    classes: int
     logits: Tensor | None = None
+
+    @property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """Images of each label (row) with each prediction (column), int64, shape (classes, classes)."""
+        return confusion_matrix(self.labels, self.predictions, self.classes)
 
 
 def evaluate(
@@ -94,7 +101,12 @@ def evaluate(
         raise DataError("reference", problem, "evaluate both networks on the same images")
     logits_kept = torch.cat(kept) if keep_logits else None
     return Evaluation(
-        accumulator.result(reference), accumulator.predictions, tuple(indices), accumulator.confusion, logits_kept
+        accumulator.result(reference),
+        accumulator.predictions,
+        tuple(indices),
+        accumulator.labels,
+        accumulator.num_classes or 0,
+        logits_kept,
     )
 
 

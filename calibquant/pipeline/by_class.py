@@ -43,12 +43,15 @@ class ByClass:
         Raises:
             RunFolderError: the file cannot be written.
         """
-        names, found = class_names(images.classes, len(evaluation.confusion)), dict[str, Any]()
+        found: dict[str, Any] = {}
+        if not self.table and self.confusion is None:
+            return found
+        counts, names = evaluation.confusion, class_names(images.classes, evaluation.classes)
         if self.table:
-            found["classes"] = [asdict(row) for row in class_scores(evaluation.confusion, names)]
+            found["classes"] = [asdict(row) for row in class_scores(counts, names)]
         if self.confusion is not None:
-            write_atomic(self.confusion, confusion_csv(evaluation.confusion, names).encode())
-            pairs = [asdict(pair) for pair in most_confused(evaluation.confusion, names)]
+            write_atomic(self.confusion, confusion_csv(counts, names).encode())
+            pairs = [asdict(pair) for pair in most_confused(counts, names)]
             found["confusion"] = {"file": str(self.confusion), "most_confused": pairs}
         return found
 

@@ -44,6 +44,9 @@ def test_scores_are_those_of_all_logits_at_once(batch_size: int) -> None:
     assert got.predictions.dtype == np.int64
     assert got.predictions.tolist() == logits.argmax(1).tolist()
     assert got.indices == tuple(range(20))
+    assert got.labels.tolist() == images.labels().tolist()
+    assert got.confusion.sum(axis=1).tolist() == [got.labels.tolist().count(i) for i in range(7)]
+    assert got.confusion.trace() == (got.predictions == got.labels).sum()
 
 
 @pytest.mark.parametrize(("count", "expected"), [(None, 20), (1, 1), (13, 13), (500, 20)])

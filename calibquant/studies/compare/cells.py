@@ -208,9 +208,7 @@ def evaluate_again(recipe: Recipe, run: Path, reporter: Reporter) -> Evaluation:
 
 
 def _store(cell: Cell, evaluation: Evaluation) -> None:
-    labels = open_set(cell.recipe, "evaluation").labels()
-    rows = np.asarray(evaluation.indices, dtype=np.intp)
-    write_predictions(cell.folder, evaluation.predictions, labels[rows])
+    write_predictions(cell.folder, evaluation.predictions, evaluation.labels)
 
 
 def is_complete(cell: Cell) -> bool:
