@@ -108,11 +108,12 @@ def test_a_reader_that_stops_ends_the_processes(pictures: Path) -> None:
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from calibquant.data import batches, loading, open_images
 from calibquant.recipe import DataRecipe
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
     loading.WORTH_PROCESSES = 1
     for _ in batches(open_images(DataRecipe(kind="folder", root=sys.argv[1], workers=1), "evaluation"), 2):
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)
