@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibquant.data import Batch, ImageSet, batches, check_labels
+from calibquant.data import Batch, ImageSet, UnreadableImageError, batches, check_labels
 from calibquant.errors import DataError, ModelError
 from calibquant.metrics import ScoreAccumulator, Scores, confusion_matrix
 from calibquant.parallel import images_at_once
@@ -82,7 +83,7 @@ def evaluate(
         raise DataError("evaluation", "there are no images to evaluate on", "give at least one image")
     chosen = images.subset(range(total))
     if batch_size is None:
-        batch_size = images_at_once(next(batches(chosen, 1)).images.shape, MOST_AT_ONCE, device)
+        batch_size = images_at_once(_shape(chosen), MOST_AT_ONCE, device)
     accumulator, indices, kept = ScoreAccumulator(), list[int](), list[Tensor]()
     for batch in batches(chosen, batch_size):
         logits = _forward(network, batch, images, device)
@@ -108,6 +109,14 @@ def evaluate(
         accumulator.num_classes or 0,
         logits_kept,
     )
+
+
+def _shape(images: ImageSet) -> tuple[int, ...]:
+    """That of the first readable image, as a batch of one; where there is none, `batches` will say so."""
+    for i in range(len(images)):
+        with suppress(UnreadableImageError):
+            return 1, *images.image(i).shape
+    return (1,)
 
 
 def _forward(network: Callable[[Tensor], Tensor], batch: Batch, images: ImageSet, device: str | torch.device) -> Tensor:
