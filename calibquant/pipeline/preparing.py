@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -146,9 +146,20 @@ def _check_teacher(prepared: Prepared, example: Tensor) -> None:
         shape = tuple(want.shape) if isinstance(want, Tensor) else type(want).__name__
         raise ModelError("network output", f"is {shape}, not (N, classes)", "give a network that returns class logits")
     error = relative_difference(want, got)
-    if error > TOLERANCE:
+    if error > TOLERANCE and _folding_error(prepared, example) > TOLERANCE:
         mend = "report it with the network, or quantize a part of it with model.submodule"
         raise CaptureError("BatchNorm folding", f"changes the network by {error:.1e}", mend)
+
+
+def _folding_error(prepared: Prepared, example: Tensor) -> float:
+    """What folding changes in float64, where there is no rounding for a deep network to amplify.
+
+    An untrained ResNet-101 changes by up to 1.6e-5 in float32, and by less than 1e-12 here.
+    """
+    teacher = fold_batch_norm(capture(prepared.network, example, prepared.submodule).double())
+    exact = replace(prepared, network=copy.deepcopy(prepared.network).double(), teacher=teacher)
+    with torch.no_grad():
+        return relative_difference(exact.network(example.double()), exact.mount(teacher)(example.double()))
 
 
 def _check_finite(network: nn.Module) -> None:
