@@ -41,8 +41,8 @@ PARAMETERS = {
 }
 SETTINGS = ("W4A4", "W2A2")
 # Gain of the BatchNorm that ends a residual branch. With the usual 1 the untrained ResNet-101 amplifies rounding so far
-# that simulation and ONNX Runtime decide differently, all margins being tiny, and the export is refused (at W4A4 on 3 of
-# 16 images). Networks are trained from such small gains too (Goyal et al., arXiv:1706.02677, section 5.1).
+# that simulation and ONNX Runtime decide differently, all margins being tiny, and the export is refused (at W4A4 on 3
+# of 16 images). Networks are trained from such small gains too (Goyal et al., arXiv:1706.02677, section 5.1).
 GAINS = {"resnet101": (".bn3", 0.2)}
 IMAGES, ITERATIONS, SEED = 16, 3, 1005
 
