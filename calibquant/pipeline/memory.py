@@ -21,6 +21,7 @@ from calibquant.reconstruction.phases import phases
 
 PARAMETERS = 3  # copies: the user's network, the teacher, and codes with what is dequantized for a layer
 QUANTIZING = 3  # values of the size of a tensor that exist while it is quantized or observed
+SCATTERED = 1.5  # memory held for memory in use: what is freed is kept, and does not fit everything that comes
 LEARNING = 4  # values of the size of a tensor that its learned quantizer keeps until the gradient comes
 
 
@@ -32,7 +33,7 @@ def peak_bytes(
     n: int,
     device: torch.device,
 ) -> int:
-    """Bytes in use at the run's most demanding moment, beside those of torch itself.
+    """Bytes held at the run's most demanding moment, beside those of torch itself.
 
     Features beyond `reconstruct.cache_limit` lie in mapped files, which the system can take out of memory; they do not
     count.
@@ -60,7 +61,7 @@ def peak_bytes(
         held = 2 * n * images[0].numel() * images.element_size()
         stages.append(held + int(min(features, settings.cache_limit * 1e9)) + max(busy))
     parameters = sum(value.numel() * value.element_size() for value in model.teacher.buffers())
-    return PARAMETERS * parameters + max(stages)
+    return int(SCATTERED * (PARAMETERS * parameters + max(stages)))
 
 
 def value_bytes(teacher: fx.GraphModule, mount: Callable[[nn.Module], nn.Module], image: Tensor) -> dict[str, int]:
