@@ -40,10 +40,11 @@ PARAMETERS = {
     "mnasnet2_0": 12_469_944,
 }
 SETTINGS = ("W4A4", "W2A2")
-# Gain of the BatchNorm that ends a residual branch. With the usual 1 the untrained ResNet-101 amplifies rounding so far
-# that simulation and ONNX Runtime decide differently, all margins being tiny, and the export is refused (at W4A4 on 3
-# of 16 images). Networks are trained from such small gains too (Goyal et al., arXiv:1706.02677, section 5.1).
-GAINS = {"resnet101": (".bn3", 0.2)}
+# Gain of the BatchNorm that ends a residual branch. With 1, and still with 0.2, the untrained ResNet-101 amplifies
+# rounding so far that its simulations in float32 and float64 decide differently on 3 of 16 images at W4A4, all margins
+# being tiny, and the export is refused. Networks are trained from such small gains too (Goyal et al., arXiv:1706.02677,
+# section 5.1).
+GAINS = {"resnet101": (".bn3", 0.05)}
 IMAGES, ITERATIONS, SEED = 16, 3, 1005
 
 
@@ -147,7 +148,7 @@ def save(row: Row) -> None:
         f" QDrop a unit; placement `integer`, boundary `qdrop`; compute nodes that stay float: {floats}. Parameters are"
         " marked where they differ from the published number. `loaded`: logits of the loaded run and of the network"
         " that was saved, bit for bit. The error of a logit stands beside the range of all logits. In ResNet-101 the"
-        " BatchNorm that ends a block has the gain 0.2: with 1 the untrained network amplifies rounding so far that its"
+        " BatchNorm that ends a block has the gain 0.05: with 1 the untrained network amplifies rounding so far that its"
         " export is refused. Times are of"
         f" {rows[0]['threads']} thread on a machine that did other work too.\n"
     )
