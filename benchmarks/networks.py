@@ -148,8 +148,8 @@ def save(row: Row) -> None:
         f" QDrop a unit; placement `integer`, boundary `qdrop`; compute nodes that stay float: {floats}. Parameters are"
         " marked where they differ from the published number. `loaded`: logits of the loaded run and of the network"
         " that was saved, bit for bit. The error of a logit stands beside the range of all logits. In ResNet-101 the"
-        " BatchNorm that ends a block has the gain 0.05: with 1 the untrained network amplifies rounding so far that its"
-        " export is refused. Times are of"
+        " BatchNorm that ends a block has the gain 0.05: with 1 the untrained network amplifies rounding so far that"
+        " its export is refused. Times are of"
         f" {rows[0]['threads']} thread on a machine that did other work too.\n"
     )
     command = "OMP_NUM_THREADS=1 python benchmarks/networks.py --data DATA --threads 1"
