@@ -12,6 +12,7 @@ from calibquant.data import ImageSet, batches
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.memory import peak_bytes
 from calibquant.pipeline.preparing import prepare
+from calibquant.pipeline.stages import learns, rounds
 from calibquant.quantization import QuantModel, make_plan
 from calibquant.quantization.sensitivity import free_tensors
 from calibquant.recipe import Recipe
@@ -69,9 +70,9 @@ def dry_run(
     # Measured shares: an observer costs about 3 forward passes, a quantized pass about 3 float ones.
     seconds = per_image * (observed * 4 + evaluated * (1 + 3))
     settings = recipe.reconstruct
-    if recipe.quant.weights.rounding == "gram":
+    if rounds(recipe):
         seconds += 10 * per_image * len(prepared.images)  # measured on ResNet-20: features, moments, solutions
-    if settings.method != "none":
+    if learns(recipe):
         # Measured share: a step of every unit costs about 5.5 float passes over its batch.
         steps = sum(phase.iterations for phase in phases(settings))
         seconds += 5.5 * per_image * settings.batch_size * steps

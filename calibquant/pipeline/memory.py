@@ -14,6 +14,7 @@ from calibquant.evaluation.evaluate import MOST_AT_ONCE
 from calibquant.graph import Unit, units
 from calibquant.graph.watching import Watched
 from calibquant.parallel import images_at_once
+from calibquant.pipeline.stages import rounds
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe
 from calibquant.reconstruction.network import BATCH, planned_units
@@ -52,7 +53,7 @@ def peak_bytes(
     measured = recipe.evaluation.batch_size or images_at_once(images.shape, MOST_AT_ONCE, device)
     stages = [max(recipe.calibration.batch_size, measured) * passing]
     learned = [unit for phase in phases(settings) for unit in planned_units(model, settings, phase)]
-    if learned or recipe.quant.weights.rounding == "gram" or recipe.quant.bias_correction == "empirical":
+    if learned or rounds(recipe) or recipe.quant.bias_correction == "empirical":
         chain = learned or units(graph, "layer")
         features = n * feature_bytes(graph, sizes, chain) * getattr(torch, settings.cache).itemsize // 4
         batch = images_at_once(images.shape, max(settings.batch_size, BATCH), device)
