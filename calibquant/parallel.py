@@ -59,6 +59,24 @@ def images_at_once(shape: Sequence[int], most: int, device: torch.device | str =
     return max(1, min(most, VALUES_AT_ONCE // math.prod(shape[1:])))
 
 
+def reduced_precision(device: torch.device | str, precision: str) -> torch.autocast:
+    """A context in which products are computed in a precision; values between them follow.
+
+    Args:
+        device: where.
+        precision: float32, bfloat16, or auto: bfloat16 where the processor computes with it.
+    """
+    kind = torch.device(device).type
+    fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and _cpu_has_bfloat16()
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fast))
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself; without, it is slower than float32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+
+
 def resolve_device(name: str) -> torch.device:
     """The device a recipe's `device` names; "auto" takes CUDA, then MPS, then the CPU.
 

@@ -43,6 +43,8 @@ class BiasDelta(nn.Module):
         self._quantizer = (weight,)  # in a tuple: it belongs to the network, not to the bias
         self.delta: Tensor | None
         self.register_buffer("delta", None)
+        self.learned: nn.Parameter | None = None
+        self._unit = 1.0
 
     def add(self, change: Tensor) -> None:
         """Add to what was found before; float, (C,)."""
@@ -51,9 +53,26 @@ class BiasDelta(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         """The corrected bias, float32 (C,); `bias` itself without a correction or while the weight is not quantized."""
-        if self.delta is None or not self._quantizer[0].enabled:
+        if not self._quantizer[0].enabled:
             return bias
-        return bias + self.delta
+        corrected = bias if self.delta is None else bias + self.delta
+        return corrected if self.learned is None else corrected + self.learned * self._unit
+
+    def start_learning(self, channels: int, unit: float, device: torch.device | str = "cpu") -> nn.Parameter:
+        """From now on the correction is learned: what is added to it, in units, (channels,)."""
+        self.learned, self._unit = nn.Parameter(torch.zeros(channels, device=device)), unit
+        return self.learned
+
+    def stop_learning(self) -> None:
+        """Take what was learned."""
+        self.delta, self.learned = self.current(), None
+
+    def current(self) -> Tensor | None:
+        """The correction as it is now, what is being learned included; (C,), or None without one."""
+        if self.learned is None:
+            return self.delta
+        change = self.learned.detach() * self._unit
+        return change if self.delta is None else self.delta + change
 
 
 class BiasRounding(nn.Module):
@@ -71,14 +90,15 @@ class BiasRounding(nn.Module):
     def forward(self, bias: Tensor) -> Tensor:
         """The bias rounded to steps of `bias_step`, (C,); `bias` itself while either quantizer is off.
 
-        The int32 codes are those of float32 also in a network that computes in float64.
+        A learned bias gets its gradient as if it were not rounded. The int32 codes are those of float32 also in a
+        network that computes in float64.
         """
         source, weight = self._quantizers
         if not (source.enabled and weight.enabled) or source.scale is None or weight.codes is None:
             return bias
-        scale = source.scale if source.learned_scale is None else source.learned_scale.detach()
-        step = bias_step(scale, weight.get())
-        return torch.round(bias.float() / step.float()).to(step.dtype) * step
+        step = bias_step(source.current_scale().detach(), weight.get())
+        rounded = torch.round(bias.float() / step.float()).to(step.dtype) * step
+        return bias + (rounded - bias).detach() if bias.requires_grad else rounded
 
 
 def kernel_scale(weight: QTensor) -> Tensor:

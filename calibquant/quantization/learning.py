@@ -1,7 +1,8 @@
-"""What reconstruction learns: roundings of weights (AdaRound) and scales of activations (LSQ)."""
+"""What reconstruction learns: roundings and scales of weights (AdaRound, Genie), scales of activations (LSQ)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,13 +27,18 @@ class SoftRounding(nn.Module):
     can reach, and that code; so it is rounded to the code unless learning says otherwise. The two roundings
     are then the code and its neighbour on the weight's side.
 
+    The scales can be learned beside the roundings, each as the logarithm of its change; the float weight divided by
+    the scale keeps its integer part, so that both do not pull at one value (Genie: Jeon et al., "GENIE: Show Me the
+    Data for Quantization", CVPR 2023, section 4.2).
+
     Args:
         weight: float32, any shape.
-        start: its codes, whose scale, zero point and grid are kept, with the bits of each channel.
+        start: its codes, whose zero point and grid are kept, with the bits of each channel; and its scale.
     """
 
     def __init__(self, weight: Tensor, start: QTensor) -> None:
         super().__init__()
+        self.start = start
         self.grid, self.granularity = start.grid, start.granularity
         self.limits: tuple[Any, Any] = (start.grid.qmin, start.grid.qmax)  # numbers, or tensors along the channels
         if start.channel_bits is not None:
@@ -53,6 +59,12 @@ class SoftRounding(nn.Module):
         self.register_buffer("base", torch.where(nearest, base, shifted))
         fraction = torch.where(nearest, fraction, halfway)
         self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
+        self.log_change = nn.Parameter(torch.zeros_like(self.scale), requires_grad=False)
+
+    def learn_scale(self) -> nn.Parameter:
+        """From now on the scale is learned too: the logarithm of its change, aligned with the weight."""
+        self.log_change.requires_grad_()
+        return self.log_change
 
     def soft(self) -> Tensor:
         """h, float32 in [0, 1], the weight's shape."""
@@ -61,12 +73,16 @@ class SoftRounding(nn.Module):
     def forward(self) -> Tensor:
         """The softly rounded weight, float32."""
         codes = torch.clamp(self.base + self.soft() + self.zero_point, *self.limits)
-        return (codes - self.zero_point) * self.scale
+        scale = self.scale * self.log_change.exp() if self.log_change.requires_grad else self.scale
+        return (codes - self.zero_point) * scale
 
-    def hard_codes(self) -> Tensor:
-        """The codes with each rounding decided by the sign of alpha, dtype `grid.dtype`."""
+    def hard(self) -> QTensor:
+        """The codes with each rounding decided by the sign of alpha, and the learned scale."""
         codes = torch.clamp(self.base + (self.alpha >= 0) + self.zero_point, *self.limits)
-        return codes.detach().to(self.grid.dtype)
+        scale = self.start.scale
+        if self.log_change.requires_grad:
+            scale = scale * self.log_change.detach().exp().reshape(scale.shape)
+        return replace(self.start, codes=codes.detach().to(self.grid.dtype), scale=scale)
 
     def regularizer(self, beta: float) -> Tensor:
         """sum over the weights of 1 - |2h - 1|^beta, which pulls each h to 0 or 1; a scalar."""
@@ -76,6 +92,23 @@ class SoftRounding(nn.Module):
         """Share of the roundings that have reached 0 or 1."""
         soft = self.soft().detach()
         return float(((soft == 0) | (soft == 1)).float().mean())
+
+
+class DecidedRounding(SoftRounding):
+    """A rounding that is always decided: forward h is 0 or 1, backward the gradient is that of sigmoid(alpha).
+
+    A network learns with the weights that it will run with, so nothing is left to settle. The straight-through
+    estimator of Bengio et al., 2013, upon AdaRound's variable.
+    """
+
+    def soft(self) -> Tensor:
+        """h, 0 or 1, the weight's shape."""
+        return decided(torch.sigmoid(self.alpha))
+
+
+def decided(share: Tensor) -> Tensor:
+    """1 where `share` is at least one half and else 0; gradients pass through."""
+    return share + ((share >= 0.5).to(share.dtype) - share).detach()
 
 
 def learned_fake_quantize(
@@ -88,14 +121,14 @@ def learned_fake_quantize(
     Step Size Quantization", ICLR 2020, eq. 1 to 5; Bhalgat et al., "LSQ+", CVPRW 2020.
 
     Args:
-        x: float32, any shape.
+        x: float32 or bfloat16, any shape.
         scale: float32 parameter, ().
         zero_point: int32, or float32 parameter where it is learned, ().
         grid: the codes.
         kept: float32, the shape of `x`: 1 where the value is quantized, 0 where it passes as it is; None quantizes all.
 
     Returns:
-        float32, the shape of `x`; where kept, equal to `numerics.affine.fake_quantize` bit for bit.
+        float32, the shape of `x`; where kept and `x` is float32, equal to `numerics.affine.fake_quantize` bit for bit.
     """
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept)
     return result
@@ -116,7 +149,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
-        zero_point = torch.round(zero_point)
+        zero_point, dtype = torch.round(zero_point), x.dtype
+        x = x.to(scale.dtype)  # bfloat16 has too few digits to be rounded on a grid
         steps = x / scale
         codes = torch.round(steps).add_(zero_point)
         clipped = codes.clamp(grid.qmin, grid.qmax)
@@ -129,7 +163,7 @@ class _FakeQuantize(torch.autograd.Function):
             by_scale.mul_(kept)
             inside.sub_(1).mul_(kept).add_(1)
         ctx.save_for_backward(by_scale, inside, scale)
-        ctx.factor = (x.numel() * grid.qmax) ** -0.5
+        ctx.factor, ctx.dtype = (x.numel() * grid.qmax) ** -0.5, dtype
         return quantized
 
     @staticmethod
@@ -141,5 +175,5 @@ class _FakeQuantize(torch.autograd.Function):
             of_scale = (gradient * by_scale).sum() * ctx.factor
         if ctx.needs_input_grad[2]:  # a clipped value moves by -scale with each step of the zero point
             of_zero_point = (gradient * (passing - 1)).sum() * scale * ctx.factor
-        of_x = gradient * passing if ctx.needs_input_grad[0] else None
+        of_x = (gradient * passing).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return of_x, of_scale, of_zero_point, None, None

@@ -223,8 +223,11 @@ class QuantModel(nn.Module):
         graph.lint()
         return fx.GraphModule(root, graph)
 
+    def bias_of(self, name: str) -> Tensor:
+        """The float bias of a product that has one, by the product's name, (C,)."""
+        return self._bias(self._node(name))
+
     def _bias(self, node: fx.Node) -> Tensor:
-        """The float bias of a product that has one."""
         return self.teacher.get_buffer(str(node.args[op_of(node).bias].target))  # type: ignore[union-attr, index]
 
     def _node(self, name: str) -> fx.Node:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
 from calibquant.numerics.grid import Grid, PerChannel
-from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize
+from calibquant.quantization.learning import DecidedRounding, SoftRounding, kept_values, learned_fake_quantize
 from calibquant.quantization.plan import TensorPlan
 
 
@@ -61,15 +61,20 @@ class WeightQuantizer(nn.Module):
             return weight
         return self.get().dequantize() if self.rounding is None else self.rounding()
 
-    def start_learning(self, weight: Tensor) -> SoftRounding:
-        """From now on the rounding of `weight` is learned."""
-        self.rounding = SoftRounding(weight, self.get())
+    def start_learning(self, weight: Tensor, decided: bool = False) -> SoftRounding:
+        """From now on the rounding of `weight` is learned: a soft one, or one that is always decided."""
+        self.rounding = (DecidedRounding if decided else SoftRounding)(weight, self.get())
         return self.rounding
 
     def stop_learning(self) -> None:
-        """Take the learned roundings, each decided, as codes."""
+        """Take the learned roundings, each decided, as codes, and the scale if it was learned."""
         if self.rounding is not None:
-            self.codes, self.rounding = self.rounding.hard_codes(), None
+            learned, self.rounding = self.current(), None
+            self.set(learned)
+
+    def current(self) -> QTensor:
+        """What `stop_learning` would leave; what is set, while nothing is learned."""
+        return self.get() if self.rounding is None else self.rounding.hard()
 
 
 class ActivationQuantizer(nn.Module):
@@ -84,7 +89,8 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, name: str, plan: TensorPlan, dynamic: bool = False) -> None:
         super().__init__()
         self.name, self.plan, self.dynamic, self.enabled = name, plan, dynamic, True
-        self.learned_scale: nn.Parameter | None = None
+        self.learned_scale: nn.Parameter | None = None  # the scale, or the logarithm of its change
+        self.relative = False
         self.learned_zero_point: nn.Parameter | None = None
         self.drop = 0.0  # share of the values that pass unquantized while reconstructing (QDrop)
         self.scale: Tensor | None
@@ -128,8 +134,7 @@ class ActivationQuantizer(nn.Module):
             return x
         scale, zero_point = activation_affine(*torch.aminmax(x.detach()), self.plan) if self.dynamic else self.get()
         if self.learned_scale is not None:
-            self.learned_scale.data.copy_(_positive(self.learned_scale.data))
-            scale = self.learned_scale
+            scale = self.current_scale()
         if self.learned_zero_point is not None:
             self.learned_zero_point.data.clamp_(self.plan.grid.qmin, self.plan.grid.qmax)
             zero_point = self.learned_zero_point
@@ -141,15 +146,29 @@ class ActivationQuantizer(nn.Module):
             return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept)
         return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
 
-    def start_learning(self) -> nn.Parameter:
-        """From now on the scale is learned (LSQ).
+    def current_scale(self) -> Tensor:
+        """The stored scale, or while it is learned what it has become; float32, ().
+
+        Raises:
+            QuantizationError: not calibrated yet.
+        """
+        if self.learned_scale is None:
+            return self.get()[0]
+        if self.relative:
+            return self.get()[0] * self.learned_scale.exp()
+        self.learned_scale.data.copy_(_positive(self.learned_scale.data))
+        return self.learned_scale
+
+    def start_learning(self, relative: bool = False) -> nn.Parameter:
+        """From now on the scale is learned (LSQ): as it is, or as the logarithm of its change.
 
         Raises:
             QuantizationError: there is one for each channel.
         """
         if self.per_channel:
             raise QuantizationError(self.name, "has a scale for each channel", "learn scales per tensor only")
-        self.learned_scale = nn.Parameter(self.get()[0].clone())
+        scale, self.relative = self.get()[0], relative
+        self.learned_scale = nn.Parameter(torch.zeros_like(scale) if relative else scale.clone())
         return self.learned_scale
 
     def start_learning_zero_point(self) -> nn.Parameter:
@@ -160,11 +179,17 @@ class ActivationQuantizer(nn.Module):
     def stop_learning(self) -> None:
         """Take what was learned, and drop nothing any more."""
         self.drop = 0.0
-        if self.learned_scale is not None:
-            self.scale, self.learned_scale = _positive(self.learned_scale.detach()), None
+        if self.scale is not None:
+            self.scale, self.zero_point = self.current()
+        self.learned_scale = self.learned_zero_point = None
+
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that `stop_learning` would leave."""
+        scale, zero_point = self.current_scale().detach().clone(), self.zero_point
         if self.learned_zero_point is not None:
-            zero_point = self.learned_zero_point.detach().round().clamp(self.plan.grid.qmin, self.plan.grid.qmax)
-            self.zero_point, self.learned_zero_point = zero_point.to(torch.int32), None
+            rounded = self.learned_zero_point.detach().round().clamp(self.plan.grid.qmin, self.plan.grid.qmax)
+            zero_point = rounded.to(torch.int32)
+        return scale, zero_point
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from calibquant.recipe.models import (
     Granularity,
     MixedRecipe,
     ModelRecipe,
+    NetworkRecipe,
     Observer,
     Placement,
     Preprocess,
@@ -41,6 +42,6 @@ from calibquant.recipe.presets import PRESETS
 __all__ = [
     "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
     "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "Granularity", "MixedRecipe", "ModelRecipe",
-    "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe", "Sampling", "TrainRecipe",
-    "WeightRecipe", "load_recipe", "make_recipe",
+    "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe", "Sampling",
+    "TrainRecipe", "WeightRecipe", "load_recipe", "make_recipe",
 ]  # fmt: skip

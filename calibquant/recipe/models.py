@@ -231,6 +231,22 @@ def _joined(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+class NetworkRecipe(Section):
+    """How the whole network is learned at once, after its units."""
+
+    iterations: int = Field(default=0, ge=0, description="optimization steps; 0: none")
+    batch_size: int = Field(default=64, ge=1, description="images a step")
+    rounding_lr: float = Field(default=5e-2, gt=0, description="Adam's learning rate of the rounding variables")
+    weight_scale_lr: float = Field(default=1e-2, ge=0, description="of the weights' scales, relative to them")
+    scale_lr: float = Field(default=1e-2, gt=0, description="of the activation scales, relative to them")
+    bias_lr: float = Field(default=2e-2, ge=0, description="of the biases, in standard deviations of the output")
+    rise: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rates rise")
+    features: float = Field(
+        default=1.0, ge=0, description="weight of the relative error of the units' outputs beside the logits' KL"
+    )
+    augment: bool = Field(default=True, description="flip and shift the images at random, fresh in each step")
+
+
 class ReconstructRecipe(Section):
     """How roundings and scales are learned, unit by unit; `method: none` keeps nearest rounding."""
 
@@ -258,6 +274,13 @@ class ReconstructRecipe(Section):
     warm_up: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regularizer sets in")
     beta: tuple[float, float] = Field(default=(20.0, 2.0), description="the regularizer's exponent, from and to")
     scale_lr: float = Field(default=4e-5, gt=0, description="of the activation scales; falls to 0 by a cosine")
+    relative_scales: bool = Field(default=False, description="scale_lr counts in shares of each scale")
+    weight_scale_lr: float = Field(
+        default=0.0, ge=0, description="of the weights' scales, relative to them (Genie); 0 keeps them"
+    )
+    bias_lr: float = Field(
+        default=0.0, ge=0, description="of the biases, in standard deviations of the output; 0 keeps them"
+    )
     zero_point_lr: float = Field(
         default=0.0, ge=0, description="of the activation zero points, in steps of the grid (LSQ+); 0 keeps them"
     )
@@ -268,6 +291,10 @@ class ReconstructRecipe(Section):
     scale_power: float = Field(default=2.4, ge=1, description="brecq: exponent of the second phase's loss")
     scale_inputs: Literal["quantized", "float"] = Field(
         default="quantized", description="brecq: what enters a unit in the second phase"
+    )
+    network: NetworkRecipe = NetworkRecipe()
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="of convolutions while learning; auto: bfloat16 where the processor has it"
     )
     skip_first: bool = Field(default=False, description="leave the network's first unit at nearest rounding")
     never_worse: bool = Field(default=True, description="keep a unit's result only if it helps on images held out")

@@ -65,6 +65,17 @@ _ALLOCATION = {
 }
 _CORRECTION = {"weights": {"correction": "mean-variance"}}
 
+# Rates under which some hundred iterations suffice, with scales and biases beside the roundings.
+_LEARNED: dict[str, Any] = {
+    "method": "qdrop",
+    "rounding_lr": 2e-2,
+    "weight_scale_lr": 5e-3,
+    "scale_lr": 5e-3,
+    "relative_scales": True,
+    "bias_lr": 1e-2,
+    "precision": "auto",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "nearest": {"reconstruct": {"method": "none"}},
     "gram": {"quant": {"weights": {"rounding": "gram"}}, "reconstruct": {"method": "none"}},
@@ -83,6 +94,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},
+    "fast": {"reconstruct": {**_LEARNED, "iterations": 150, "network": {"iterations": 200}}},
+    "best": {"reconstruct": {**_LEARNED, "iterations": 500, "network": {"iterations": 1000}}},
     "captq": {"quant": {"boundary": "captq"}, "reconstruct": {"method": "qdrop"}},
     "adaround-reference": {**_BRECQ_CODE, "reconstruct": {**_BRECQ_CODE["reconstruct"], "method": "adaround"}},
     "brecq-reference": _BRECQ_CODE,

@@ -1,4 +1,4 @@
-"""Learning one unit: its roundings and activation scales, so that its output comes close to the float network's."""
+"""Learning one unit: its roundings, scales and biases, so that its output comes close to the float network's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from calibquant.features import take
-from calibquant.numerics.affine import QTensor
+from calibquant.parallel import reduced_precision
 from calibquant.quantization.learning import SoftRounding, kept_values
-from calibquant.quantization.model import QuantModel, parameter_tensors
+from calibquant.quantization.model import QuantModel
 from calibquant.recipe import REGULARIZER, ReconstructRecipe
+from calibquant.reconstruction.learnables import restore_state, start_learning, state_of, stop_learning
 from calibquant.reconstruction.losses import feature_loss, regularizer_exponent
 from calibquant.reconstruction.phases import Phase
 
@@ -94,9 +95,9 @@ def learn_unit(
     begin = time.perf_counter()
     unit = _Learning(part, data, recipe, phase, device, fixed)
     rows = torch.arange(len(data.target))
-    held_out = recipe.never_worse and len(rows) >= FEWEST
+    held_out = is_judged(recipe, len(rows))
     judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
-    saved = _state(part)
+    saved = state_of(part)
     with _activations(part, phase.scales):
         before = unit.judge(judging)
         cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
@@ -106,12 +107,17 @@ def learn_unit(
                 settled = unit.learn(learning, progress)
             after = unit.judge(judging)
         except BaseException:  # Ctrl-C as well: a half-learned unit is worth less than the one before
-            _restore(part, saved)
+            restore_state(part, saved)
             raise
     kept = after < before if held_out else math.isfinite(after)
     if not kept:
-        _restore(part, saved)
+        restore_state(part, saved)
     return UnitReport(name, phase.name, before, after, kept, settled, time.perf_counter() - begin)
+
+
+def is_judged(recipe: ReconstructRecipe, count: int) -> bool:
+    """Whether every eighth of `count` images is held out to judge what the others taught."""
+    return recipe.never_worse and count >= FEWEST
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,15 @@ class _Learning:
             the share of the roundings that had settled.
         """
         try:
-            roundings, optimizers = self._begin()
-            cosine = [
-                torch.optim.lr_scheduler.CosineAnnealingLR(o, self.phase.iterations)
-                for o in optimizers[self.phase.roundings :]
-            ]
-            words = ""
+            inputs = self._rows(self.data.float_input, rows[: self.recipe.batch_size])
+            learned = start_learning(self.part, self.phase.rates, inputs, self.fixed)
+            roundings = learned.roundings
+            for quantizer in self.part.activation_quantizers.values():
+                quantizer.drop = self.phase.drop
+            constant = [torch.optim.Adam(learned.rounding_groups)] if learned.rounding_groups else []
+            falling = [torch.optim.Adam(learned.other_groups)] if learned.other_groups else []
+            schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, self.phase.iterations) for o in falling]
+            optimizers, words = [*constant, *falling], ""
             for step, batch in enumerate(_batches(len(rows), self.recipe, self.phase.iterations), start=1):
                 loss = self._loss(rows[batch])
                 beta = regularizer_exponent(step, self.phase.iterations, self.recipe.warm_up, self.recipe.beta)
@@ -149,7 +158,7 @@ class _Learning:
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
-                for schedule in cosine:
+                for schedule in schedules:
                     schedule.step()
                 if progress:
                     if step % TELLING == 1:
@@ -157,10 +166,9 @@ class _Learning:
                     progress(step, self.phase.iterations, words)
             return _settled(roundings)
         finally:
-            for weight_quantizer in self.part.weight_quantizers.values():
-                weight_quantizer.stop_learning()
             for quantizer in self.part.activation_quantizers.values():
-                quantizer.stop_learning()
+                quantizer.drop = 0.0
+            stop_learning(self.part)
 
     def judge(self, rows: Tensor) -> float:
         """Feature loss of the unit as it will run: hard roundings, no drop, inputs of the quantized network."""
@@ -171,32 +179,13 @@ class _Learning:
                 total += float(self._feature_loss(output, some)) * len(some)
         return total / len(rows)
 
-    def _begin(self) -> tuple[list[SoftRounding], list[torch.optim.Optimizer]]:
-        """Start learning; the optimizer of the roundings comes first."""
-        roundings: list[SoftRounding] = []
-        optimizers: list[torch.optim.Optimizer] = []
-        if self.phase.roundings:
-            weights = parameter_tensors(self.part.teacher)
-            learned = [(n, q) for n, q in self.part.weight_quantizers.items() if n not in self.fixed]
-            roundings = [quantizer.start_learning(weights[name]) for name, quantizer in learned]
-            optimizers.append(torch.optim.Adam([r.alpha for r in roundings], lr=self.recipe.rounding_lr))
-        if self.phase.scales:
-            for quantizer in self.part.activation_quantizers.values():
-                quantizer.drop = self.phase.drop
-            stored = [q for q in self.part.activation_quantizers.values() if not q.dynamic]
-            groups = [{"params": [q.start_learning() for q in stored], "lr": self.recipe.scale_lr}]
-            if self.recipe.zero_point_lr:
-                zero_points = [q.start_learning_zero_point() for q in stored]
-                groups.append({"params": zero_points, "lr": self.recipe.zero_point_lr})
-            if stored:
-                optimizers.append(torch.optim.Adam(groups))
-        return roundings, optimizers
-
     def _loss(self, rows: Tensor) -> Tensor:
         x = self._rows(self.data.float_input if self.phase.float_inputs else self.data.quantized, rows)
         if self.phase.drop and x.is_floating_point():  # token numbers, say, are never quantized
             x = torch.lerp(self._rows(self.data.float_input, rows), x, kept_values(x, self.phase.drop))
-        return self._feature_loss(self.part(x), rows)
+        with reduced_precision(self.device, self.recipe.precision):
+            output = self.part(x)
+        return self._feature_loss(output.float(), rows)
 
     def _feature_loss(self, output: Tensor, rows: Tensor) -> Tensor:
         importance = None if self.data.importance is None else self._rows(self.data.importance, rows)
@@ -209,12 +198,20 @@ class _Learning:
 def _batches(count: int, recipe: ReconstructRecipe, steps: int) -> Iterator[Tensor]:
     """Rows of each step's images: epochs over a permutation (CaPTQ's text), or draws as in QDrop's or BRECQ's code."""
     size = min(recipe.batch_size, count)
+    if recipe.sampling == "without_replacement":
+        yield from epochs(count, size, steps)
+        return
+    for _ in range(steps):
+        drawn = torch.randint(0, count, (size,)) if recipe.sampling == "with_replacement" else torch.randperm(count)
+        yield drawn[:size]
+
+
+def epochs(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
+    """Rows of each step's images, epoch after epoch over a new permutation; what does not fill a batch is left out."""
+    size = min(batch_size, count)
     order, at = torch.empty(0, dtype=torch.int64), 0
     for _ in range(steps):
-        if recipe.sampling == "with_replacement":
-            yield torch.randint(0, count, (size,))
-            continue
-        if recipe.sampling == "within_batch" or at + size > len(order):
+        if at + size > len(order):
             order, at = torch.randperm(count), 0
         yield order[at : at + size]
         at += size
@@ -239,20 +236,3 @@ def _settled(roundings: Collection[SoftRounding]) -> float:
 
 def _settled_words(roundings: Collection[SoftRounding]) -> str:
     return f", {100 * _settled(roundings):.0f} % settled" if roundings else ""
-
-
-_State = tuple[dict[str, QTensor], dict[str, tuple[Tensor, Tensor]]]
-
-
-def _state(part: QuantModel) -> _State:
-    weights = {name: q.get() for name, q in part.weight_quantizers.items()}
-    ranges = {n: (q.scale, q.zero_point) for n, q in part.activation_quantizers.items() if q.scale is not None}
-    return weights, ranges
-
-
-def _restore(part: QuantModel, state: _State) -> None:
-    for name, value in state[0].items():
-        part.weight_quantizers[name].set(value)
-    for name, (scale, zero_point) in state[1].items():
-        part.activation_quantizers[name].scale = scale
-        part.activation_quantizers[name].zero_point = zero_point

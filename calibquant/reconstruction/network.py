@@ -20,6 +20,7 @@ from calibquant.recipe import ReconstructRecipe
 from calibquant.reconstruction.engine import Progress, UnitData, UnitReport, learn_unit
 from calibquant.reconstruction.losses import importance_of
 from calibquant.reconstruction.phases import Phase, granularity, phases
+from calibquant.reconstruction.whole import learn_network, whole_network
 
 BATCH = 64  # images in one forward pass while features advance, at most
 
@@ -27,8 +28,11 @@ BATCH = 64  # images in one forward pass while features advance, at most
 def planned_units(model: QuantModel, recipe: ReconstructRecipe, phase: Phase) -> list[Unit]:
     """The units that `reconstruct` learns in a phase, in order: those that hold something to learn.
 
-    A weight counts in the first unit that holds it, an activation where its range is stored.
+    A weight counts in the first unit that holds it, an activation where its range is stored. In the phase of the whole
+    network it is the only unit.
     """
+    if phase.name == "network":
+        return [whole_network(model.teacher.graph)]
     chain, held = [], set[str]()
     for unit in units(model.teacher.graph, granularity(recipe)):
         quantizers = [q for name, q in model.activation_quantizers.items() if name in unit.nodes]
@@ -79,11 +83,16 @@ def reconstruct(
     steps = first = 0
     for phase, chain in plan:
         begun = min(max(done_units - first, 0), len(chain))
+        tell = None if progress is None else partial(_shifted, progress, steps, total)
+        if phase.name == "network":
+            if begun < len(chain):
+                named = None if tell is None else partial(_named, tell, "network", 0)
+                yield learn_network(model, images, recipe, phase, unit_seed(seed, first), device, named)
+            continue
         if first and begun == 0 and observe is not None:
             observe()
         if begun < len(chain):
             walk = _Walk(model, images, chain, recipe, phase, seed, device, store, first)
-            tell = None if progress is None else partial(_shifted, progress, steps, total)
             yield from walk.learn(begun, tell)
         steps += len(chain) * phase.iterations
         first += len(chain)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from calibquant.recipe import ReconstructRecipe
+from calibquant.recipe import NetworkRecipe, ReconstructRecipe
+from calibquant.reconstruction.learnables import Rates
 
 
 @dataclass(frozen=True)
@@ -15,41 +16,62 @@ class Phase:
     Args:
         name: for reports.
         iterations: steps a unit.
-        roundings: whether the weights' roundings are learned.
-        scales: whether the activations' scales are learned. Without, the activation quantizers of the whole network
-            are off in this phase.
+        rates: what is learned, and how fast. Without a rate of the activations' scales, the activation quantizers of
+            the whole network are off in this phase.
         drop: share of the values that pass unquantized while learning.
         power: exponent of the feature loss.
         float_inputs: units are learned on the float network's inputs.
     """
 
-    name: Literal["roundings", "scales", "both"]
+    name: Literal["roundings", "scales", "both", "network"]
     iterations: int
-    roundings: bool = True
-    scales: bool = False
+    rates: Rates
     drop: float = 0.0
     power: float = 2.0
     float_inputs: bool = False
 
+    @property
+    def roundings(self) -> bool:
+        """Whether the weights' roundings are learned."""
+        return self.rates.rounding > 0
+
+    @property
+    def scales(self) -> bool:
+        """Whether the activations' scales are learned."""
+        return self.rates.scale > 0
+
 
 def phases(recipe: ReconstructRecipe) -> list[Phase]:
-    """The phases of a method; none without one.
+    """The phases of a method; none without one. The last may be that of the whole network.
 
     `adaround` (Nagel et al., ICML 2020) learns roundings; `brecq` (Li et al., ICLR 2021) does, then scales;
     `qdrop` (Wei et al., ICLR 2022) learns both at once.
     """
     if recipe.method == "none":
         return []
-    roundings = Phase("roundings", recipe.iterations)
-    if recipe.method == "adaround":
-        return [roundings]
+    return [*_unit_phases(recipe), *([network_phase(recipe.network)] if recipe.network.iterations else [])]
+
+
+def _unit_phases(recipe: ReconstructRecipe) -> list[Phase]:
+    roundings = Rates(recipe.rounding_lr, weight_scale=recipe.weight_scale_lr, bias=recipe.bias_lr)
+    scales = Rates(scale=recipe.scale_lr, relative=recipe.relative_scales, zero_point=recipe.zero_point_lr)
     if recipe.method == "qdrop":
-        return [Phase("both", recipe.iterations, scales=True, drop=recipe.drop)]
+        both = replace(roundings, scale=scales.scale, relative=scales.relative, zero_point=scales.zero_point)
+        return [Phase("both", recipe.iterations, both, drop=recipe.drop)]
+    first = Phase("roundings", recipe.iterations, roundings)
+    if recipe.method == "adaround":
+        return [first]
     steps = recipe.scale_iterations or max(1, recipe.iterations // 4)
-    scales = Phase(
-        "scales", steps, False, True, power=recipe.scale_power, float_inputs=recipe.scale_inputs == "float"
-    )  # fmt: skip
-    return [roundings, scales]
+    return [
+        first,
+        Phase("scales", steps, scales, power=recipe.scale_power, float_inputs=recipe.scale_inputs == "float"),
+    ]
+
+
+def network_phase(recipe: NetworkRecipe) -> Phase:
+    """The phase in which everything is learned together."""
+    rates = Rates(recipe.rounding_lr, recipe.weight_scale_lr, recipe.scale_lr, relative=True, bias=recipe.bias_lr)
+    return Phase("network", recipe.iterations, rates)
 
 
 def granularity(recipe: ReconstructRecipe) -> Literal["layer", "block"]:

@@ -164,7 +164,7 @@ def test_soft_rounding_keeps_each_channel_on_its_grid(symmetric: bool) -> None:
     soft = SoftRounding(w, start)
     for push in (-9.0, 9.0):
         soft.alpha.data.fill_(push)
-        codes = soft.hard_codes()
+        codes = soft.hard().codes
         assert codes.dtype == start.codes.dtype
         assert_on_own_grids(codes.to(torch.int64), bits.tolist(), symmetric)
         assert not soft()[0].detach().any(), "a channel without bits stays 0"

@@ -81,7 +81,7 @@ def test_its_hard_codes_start_at_the_nearest(case: str) -> None:
     scaled = weight.double().numpy() / wide(codes.scale, codes)
     clear = np.abs(scaled - np.floor(scaled) - 0.5) > 1e-4
     assert clear.mean() > 0.9
-    hard = rounding.hard_codes()
+    hard = rounding.hard().codes
     assert hard.dtype == codes.codes.dtype == codes.grid.dtype
     assert np.array_equal(hard.numpy()[clear], codes.codes.numpy()[clear])
 
@@ -100,7 +100,7 @@ def test_soft_and_hard_values_follow_the_formula(case: str) -> None:
     np.testing.assert_allclose(rounding().detach().numpy(), want, atol=1e-5)
     hard = np.clip(base + (h >= 0.5) + zero, grid.qmin, grid.qmax)
     clear = np.abs(h - 0.5) > 1e-6
-    assert np.array_equal(rounding.hard_codes().numpy()[clear], hard[clear])
+    assert np.array_equal(rounding.hard().codes.numpy()[clear], hard[clear])
     assert rounding.settled() == pytest.approx(((h == 0) | (h == 1)).mean(), abs=2 / h.size)
 
 

@@ -26,7 +26,7 @@ def given(seed: int, spread: float) -> tuple[torch.Tensor, QTensor]:
 @pytest.mark.parametrize("seed", range(5))
 def test_it_rounds_to_the_codes_it_begins_with(seed: int, spread: float) -> None:
     weight, start = given(seed, spread)
-    assert torch.equal(SoftRounding(weight, start).hard_codes(), start.codes)
+    assert torch.equal(SoftRounding(weight, start).hard().codes, start.codes)
 
 
 @pytest.mark.parametrize("spread", [0.5, 4.0])

@@ -12,7 +12,7 @@ from calibquant.reconstruction import engine
 @pytest.mark.parametrize("method", METHODS)
 def test_the_images_held_out_do_not_teach(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other values in the judging rows change the verdict (which is ignored here), not what is learned."""
-    monkeypatch.setattr(engine, "_restore", lambda *_: None)
+    monkeypatch.setattr(engine, "restore_state", lambda *_: None)
     results = []
     for spoil in (0.0, 1.0):
         part, data = block()

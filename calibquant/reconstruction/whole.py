@@ -1,0 +1,197 @@
+"""Learning a whole network at once, after its units: everything together, so that it decides as the float network."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from calibquant.features import take
+from calibquant.graph import Unit, units
+from calibquant.graph.subgraph import subgraph
+from calibquant.parallel import images_at_once, reduced_precision
+from calibquant.quantization import QuantModel
+from calibquant.recipe import ReconstructRecipe
+from calibquant.reconstruction.engine import HELD_OUT, Progress, UnitReport, epochs, is_judged
+from calibquant.reconstruction.learnables import restore_state, start_learning, state_of, stop_learning
+from calibquant.reconstruction.phases import Phase
+
+LOOKS = 8  # at the judging images on the way; the best state stays
+SHIFT = 8  # augmented images are shifted by up to this part of a side
+TELLING = 5  # steps between two looks at the loss
+
+
+def whole_network(graph: fx.Graph) -> Unit:
+    """A network with one input and one output as a unit."""
+    inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+    nodes = tuple(n.name for n in graph.nodes if n.op == "call_function")
+    (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
+    weights = dict.fromkeys(name for unit in units(graph, "layer") for name in unit.weights)
+    return Unit("network", inputs[0], output.name, nodes, tuple(weights))
+
+
+def learn_network(
+    model: QuantModel,
+    images: Tensor,
+    recipe: ReconstructRecipe,
+    phase: Phase,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> UnitReport:
+    """Learn roundings, scales and biases of all layers from where the units' learning ended.
+
+    The loss is KL(float || quantized) of the outputs as probabilities (the relative squared error, if the output is no
+    vector), plus `network.features` times the mean over the units of the relative squared error of what they give. The
+    roundings are decided in every forward pass, so the network that is judged is the one that runs. With `never_worse`
+    and at least 64 images, every eighth is held out; the state with the least output loss on these is kept, which may
+    be the first.
+
+    Args:
+        model: calibrated, on `device`; its quantizers and biases receive the result.
+        images: float32, (N, C, H, W), the calibration images, on the CPU.
+        recipe: the schedule, and `network`.
+        phase: what is learned.
+        seed: of the batches and of how images are changed.
+        device: where it is learned.
+        progress: called with (steps done, steps in all, the loss in words).
+
+    Sources: network-wise tuning after blocks as in Wang et al., "Leveraging Inter-Layer Dependency for Post-Training
+    Quantization" (NWQ, NeurIPS 2022), with straight-through instead of annealed roundings.
+    """
+    begin = time.perf_counter()
+    stage = _Stage(model, images, recipe, device)
+    rows = torch.arange(len(images))
+    held_out = is_judged(recipe, len(rows))
+    judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
+    saved = best = state_of(model)
+    before = after = stage.judge(judging)
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+            torch.manual_seed(seed)
+            for step, loss in enumerate(stage.learn(learning, phase), start=1):
+                if progress and step % TELLING == 1:
+                    progress(step, phase.iterations, f"loss {float(loss):.3g}")
+                if step == phase.iterations or (held_out and step % max(1, phase.iterations // LOOKS) == 0):
+                    reached = stage.judge(judging)
+                    if reached < after if held_out else math.isfinite(reached):
+                        best, after = state_of(model), reached
+    except BaseException:
+        best = saved
+        raise
+    finally:
+        stop_learning(model)
+        restore_state(model, best)
+    return UnitReport("network", phase.name, before, after, best is not saved, 1.0, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The network, seen at the outputs of its units and at its own."""
+
+    model: QuantModel
+    images: Tensor
+    recipe: ReconstructRecipe
+    device: torch.device | str
+
+    def learn(self, rows: Tensor, phase: Phase) -> Iterator[Tensor]:
+        """Optimize on some images; gives the loss after each step, with what was learned in place."""
+        settings = self.recipe.network
+        some = self._take(rows[: settings.batch_size])
+        learned = start_learning(self.model, phase.rates, some, decided=True)
+        optimizer = torch.optim.Adam([*learned.rounding_groups, *learned.other_groups])
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
+        )
+        names = self._watched()
+        student, teacher = self.model.part(self._nodes(), names), subgraph(self.model.teacher, self._nodes(), names)
+        sizes = [float(value.square().mean()) for value in _outputs(teacher, some)]
+        at_once = images_at_once(self.images.shape, settings.batch_size, self.device)
+        for batch in epochs(len(rows), settings.batch_size, phase.iterations):
+            optimizer.zero_grad()
+            total = torch.zeros(())
+            for part in rows[batch].split(at_once):
+                loss = self._loss(student, teacher, self._changed(part), sizes) * (len(part) / len(batch))
+                loss.backward()
+                total += loss.detach().cpu()
+            optimizer.step()
+            schedule.step()
+            yield total
+
+    def judge(self, rows: Tensor) -> float:
+        """Loss of the output on some images as they are, per image."""
+        total = 0.0
+        with torch.no_grad():
+            for some in rows.split(images_at_once(self.images.shape, 64, self.device)):
+                x = self._take(some)
+                total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
+        return total / len(rows)
+
+    def _loss(self, student: nn.Module, teacher: nn.Module, x: Tensor, sizes: Sequence[float]) -> Tensor:
+        with reduced_precision(self.device, self.recipe.precision):
+            with torch.no_grad():
+                wanted = _outputs(teacher, x)
+            got = _outputs(student, self._entering(x))
+        loss = output_loss(got[-1].float(), wanted[-1].float())
+        errors = [
+            (a.float() - b.float()).square().mean() / max(size, 1e-12)
+            for a, b, size in zip(got[:-1], wanted[:-1], sizes[:-1], strict=True)
+        ]
+        return loss + self.recipe.network.features * torch.stack(errors).mean() if errors else loss
+
+    def _watched(self) -> list[str]:
+        """The nodes whose values the loss compares; the network's output is the last."""
+        graph = self.model.teacher.graph
+        inner = [u.output for u in units(graph, "block")] if self.recipe.network.features else []
+        output = whole_network(graph).output
+        return [*dict.fromkeys(name for name in inner if name != output), output]
+
+    def _nodes(self) -> tuple[str, ...]:
+        return whole_network(self.model.teacher.graph).nodes
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """The images as they enter the quantized network."""
+        quantizer = self.model.activation_quantizers.get(whole_network(self.model.teacher.graph).input)
+        return x if quantizer is None else quantizer(x)
+
+    def _take(self, rows: Tensor) -> Tensor:
+        return take(self.images, rows, self.device)
+
+    def _changed(self, rows: Tensor) -> Tensor:
+        x = self._take(rows)
+        return flipped_and_shifted(x) if self.recipe.network.augment and x.dim() == 4 else x
+
+
+def output_loss(output: Tensor, target: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(output)) for vectors (N, C), else the relative squared error; mean over images."""
+    if output.dim() == 2:
+        return F.kl_div(output.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
+    return (output - target).square().mean() / target.square().mean().clamp(min=1e-12)
+
+
+def rate_at(share: float, rise: float) -> float:
+    """What the learning rates are multiplied by when a share of the steps is done: a linear rise upon a cosine fall."""
+    return 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) * (min(1.0, share / rise) if rise else 1.0)
+
+
+def flipped_and_shifted(images: Tensor) -> Tensor:
+    """Each image mirrored or not, and shifted by up to an eighth of its sides, the border reflected; (N, C, H, W)."""
+    n, _, height, width = images.shape
+    mirrored = torch.rand(n, device=images.device) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    down, right = height // SHIFT, width // SHIFT
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
+    tops, lefts = torch.randint(2 * down + 1, (n,)).tolist(), torch.randint(2 * right + 1, (n,)).tolist()
+    crops = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(zip(tops, lefts, strict=True))]
+    return torch.stack(crops)
+
+
+def _outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    values = module(x)
+    return values if isinstance(values, tuple) else (values,)
