@@ -17,6 +17,7 @@ from calibquant.pipeline.reporting import Reporter, log, note
 from calibquant.quantization import Correction, QuantModel, correct_biases_analytically, correct_weights
 from calibquant.recipe import Recipe
 from calibquant.reconstruction import correct_biases
+from calibquant.reconstruction.phases import phases
 
 
 def corrects(recipe: Recipe) -> bool:
@@ -62,8 +63,9 @@ def equalized(recipe: Recipe, prepared: Prepared, reporter: Reporter) -> tuple[P
 
 
 def with_room(recipe: Recipe, prepared: Prepared) -> Prepared:
-    """The network with a bias at every product, where the recipe's corrections need one."""
-    return replace(prepared, teacher=with_biases(prepared.teacher)) if corrects(recipe) else prepared
+    """The network with a bias at every product, where the recipe corrects or learns biases."""
+    learned = any(phase.rates.bias for phase in phases(recipe.reconstruct))
+    return replace(prepared, teacher=with_biases(prepared.teacher)) if learned or corrects(recipe) else prepared
 
 
 def correct(

@@ -73,9 +73,10 @@ def dry_run(
     if rounds(recipe):
         seconds += 10 * per_image * len(prepared.images)  # measured on ResNet-20: features, moments, solutions
     if learns(recipe):
-        # Measured share: a step of every unit costs about 5.5 float passes over its batch.
-        steps = sum(phase.iterations for phase in phases(settings))
-        seconds += 5.5 * per_image * settings.batch_size * steps
+        # Measured share: a step of every unit costs about 5.5 float passes over its batch, one of the network as many.
+        for phase in phases(settings):
+            size = settings.network.batch_size if phase.name == "network" else settings.batch_size
+            seconds += 5.5 * per_image * size * phase.iterations
     mixed, free = recipe.quant.mixed, 0
     if mixed is not None:
         free = len(free_tensors(model.plan, mixed.tensors == "both"))

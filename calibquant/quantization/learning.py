@@ -121,14 +121,14 @@ def learned_fake_quantize(
     Step Size Quantization", ICLR 2020, eq. 1 to 5; Bhalgat et al., "LSQ+", CVPRW 2020.
 
     Args:
-        x: float32 or bfloat16, any shape.
+        x: float32, any shape.
         scale: float32 parameter, ().
         zero_point: int32, or float32 parameter where it is learned, ().
         grid: the codes.
         kept: float32, the shape of `x`: 1 where the value is quantized, 0 where it passes as it is; None quantizes all.
 
     Returns:
-        float32, the shape of `x`; where kept and `x` is float32, equal to `numerics.affine.fake_quantize` bit for bit.
+        float32, the shape of `x`; where kept, equal to `numerics.affine.fake_quantize` bit for bit.
     """
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept)
     return result
@@ -149,8 +149,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
-        zero_point, dtype = torch.round(zero_point), x.dtype
-        x = x.to(scale.dtype)  # bfloat16 has too few digits to be rounded on a grid
+        zero_point = torch.round(zero_point)
         steps = x / scale
         codes = torch.round(steps).add_(zero_point)
         clipped = codes.clamp(grid.qmin, grid.qmax)
@@ -163,7 +162,7 @@ class _FakeQuantize(torch.autograd.Function):
             by_scale.mul_(kept)
             inside.sub_(1).mul_(kept).add_(1)
         ctx.save_for_backward(by_scale, inside, scale)
-        ctx.factor, ctx.dtype = (x.numel() * grid.qmax) ** -0.5, dtype
+        ctx.factor = (x.numel() * grid.qmax) ** -0.5
         return quantized
 
     @staticmethod
@@ -175,5 +174,5 @@ class _FakeQuantize(torch.autograd.Function):
             of_scale = (gradient * by_scale).sum() * ctx.factor
         if ctx.needs_input_grad[2]:  # a clipped value moves by -scale with each step of the zero point
             of_zero_point = (gradient * (passing - 1)).sum() * scale * ctx.factor
-        of_x = (gradient * passing).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_x = gradient * passing if ctx.needs_input_grad[0] else None
         return of_x, of_scale, of_zero_point, None, None

@@ -244,7 +244,8 @@ class NetworkRecipe(Section):
     features: float = Field(
         default=1.0, ge=0, description="weight of the relative error of the units' outputs beside the logits' KL"
     )
-    augment: bool = Field(default=True, description="flip and shift the images at random, fresh in each step")
+    temperature: Positive = Field(default=2.0, description="by which logits are divided before the KL")
+    augment: bool = Field(default=True, description="flip, shift and patch the images at random, afresh in each step")
 
 
 class ReconstructRecipe(Section):

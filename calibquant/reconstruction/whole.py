@@ -17,12 +17,12 @@ from calibquant.graph.subgraph import subgraph
 from calibquant.parallel import images_at_once, reduced_precision
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ReconstructRecipe
+from calibquant.reconstruction.augmenting import augmented
 from calibquant.reconstruction.engine import HELD_OUT, Progress, UnitReport, epochs, is_judged
 from calibquant.reconstruction.learnables import restore_state, start_learning, state_of, stop_learning
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
-SHIFT = 8  # augmented images are shifted by up to this part of a side
 TELLING = 5  # steps between two looks at the loss
 
 
@@ -138,7 +138,7 @@ class _Stage:
             with torch.no_grad():
                 wanted = _outputs(teacher, x)
             got = _outputs(student, self._entering(x))
-        loss = output_loss(got[-1].float(), wanted[-1].float())
+        loss = output_loss(got[-1].float(), wanted[-1].float(), self.recipe.network.temperature)
         errors = [
             (a.float() - b.float()).square().mean() / max(size, 1e-12)
             for a, b, size in zip(got[:-1], wanted[:-1], sizes[:-1], strict=True)
@@ -165,31 +165,24 @@ class _Stage:
 
     def _changed(self, rows: Tensor) -> Tensor:
         x = self._take(rows)
-        return flipped_and_shifted(x) if self.recipe.network.augment and x.dim() == 4 else x
+        return augmented(x) if self.recipe.network.augment and x.dim() == 4 else x
 
 
-def output_loss(output: Tensor, target: Tensor) -> Tensor:
-    """KL(softmax(target) || softmax(output)) for vectors (N, C), else the relative squared error; mean over images."""
+def output_loss(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """How far the output of a network is from the float network's, mean over images, a scalar.
+
+    For vectors (N, C) T^2 KL(softmax(target / T) || softmax(output / T)), as in Hinton et al., "Distilling the
+    Knowledge in a Neural Network", 2015; else the relative squared error.
+    """
     if output.dim() == 2:
-        return F.kl_div(output.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
+        a, b = (output / temperature).log_softmax(1), (target / temperature).log_softmax(1)
+        return temperature**2 * F.kl_div(a, b, reduction="batchmean", log_target=True)
     return (output - target).square().mean() / target.square().mean().clamp(min=1e-12)
 
 
 def rate_at(share: float, rise: float) -> float:
     """What the learning rates are multiplied by when a share of the steps is done: a linear rise upon a cosine fall."""
     return 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) * (min(1.0, share / rise) if rise else 1.0)
-
-
-def flipped_and_shifted(images: Tensor) -> Tensor:
-    """Each image mirrored or not, and shifted by up to an eighth of its sides, the border reflected; (N, C, H, W)."""
-    n, _, height, width = images.shape
-    mirrored = torch.rand(n, device=images.device) < 0.5
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    down, right = height // SHIFT, width // SHIFT
-    padded = F.pad(images, (right, right, down, down), mode="reflect")
-    tops, lefts = torch.randint(2 * down + 1, (n,)).tolist(), torch.randint(2 * right + 1, (n,)).tolist()
-    crops = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(zip(tops, lefts, strict=True))]
-    return torch.stack(crops)
 
 
 def _outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
