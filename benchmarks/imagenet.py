@@ -30,10 +30,13 @@ METHODS = {
     "adaround": "AdaRound",
     "qdrop": "QDrop",
 }
-COUNT, ITERATIONS = 256, 500
-# Roundings move by about their rate a step: a quarter of the default iterations, four times the rate.
-COMMON = (f"calibration.count={COUNT}", f"reconstruct.iterations={ITERATIONS}", "reconstruct.rounding_lr=4e-3",
-          "export.onnx=false")  # fmt: skip
+LEARNED = ("adaround", "qdrop")
+COUNT, ITERATIONS, BATCH, RATE = 256, 500, 8, 1e-2
+COMMON = (f"calibration.count={COUNT}", "export.onnx=false")
+# A quarter of the usual images a step: on large images each has many positions, and steps count more. Roundings move
+# by about their rate a step, so few steps need a higher one.
+SCHEDULE = (f"reconstruct.iterations={ITERATIONS}", f"reconstruct.batch_size={BATCH}",
+            f"reconstruct.rounding_lr={RATE}")  # fmt: skip
 
 
 def study(name: str, given: Any) -> dict[str, Any]:
@@ -41,18 +44,22 @@ def study(name: str, given: Any) -> dict[str, Any]:
     config, weights = NETWORKS[name]
     overrides = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / 'imagenet'}",
                  f"threads={given.threads}", *COMMON]  # fmt: skip
-    out = given.runs / "imagenet" / name.replace(" ", "-")
-    done = compare(CONFIGS / config, given.methods, given.settings, [1005], None, overrides, out)
     rows = []
-    for cell in done.result["cells"]:
-        metrics = json.loads((out / cell["run"] / "metrics.json").read_text(encoding="utf-8"))
-        quantized = metrics["quantized"]
-        rows.append({
-            "method": cell["method"], "setting": cell["setting"].lower(), "bytes": cell["bytes"],
-            "top1": quantized["top1"], "top1_interval": quantized["top1_interval"], "agreement": quantized["agreement"],
-            "agreement_interval": quantized["agreement_interval"], "seconds": cell["seconds"],
-            "rolled_back": cell["rolled_back"], "units": cell["units"],
-        })  # fmt: skip
+    for kind, extra in (("analytic", ()), ("learned", SCHEDULE)):
+        methods = [m for m in given.methods if (m in LEARNED) == (kind == "learned")]
+        if not methods:
+            continue
+        out = given.runs / "imagenet" / f"{name.replace(' ', '-')}-{kind}"
+        done = compare(CONFIGS / config, methods, given.settings, [1005], None, [*overrides, *extra], out)
+        for cell in done.result["cells"]:
+            metrics = json.loads((out / cell["run"] / "metrics.json").read_text(encoding="utf-8"))
+            quantized = metrics["quantized"]
+            rows.append({
+                "method": cell["method"], "setting": cell["setting"].lower(), "bytes": cell["bytes"],
+                "top1": quantized["top1"], "top1_interval": quantized["top1_interval"],
+                "agreement": quantized["agreement"], "agreement_interval": quantized["agreement_interval"],
+                "seconds": cell["seconds"], "rolled_back": cell["rolled_back"], "units": cell["units"],
+            })  # fmt: skip
     return {"rows": rows, "float": metrics["float"], "float_bytes": metrics["size"]["float32"]}
 
 
@@ -77,7 +84,7 @@ def text_of(networks: dict[str, Any]) -> str:
     return "\n".join(parts) + (
         "\nTop-1 and agreement with the float network in percent, Wilson's 95 % interval of the agreement in brackets. "
         f"Boundary `qdrop`, placement `integer`, {COUNT} training images for calibration, seed 1005; AdaRound and "
-        f"QDrop with {ITERATIONS} iterations a unit of 32 images, rounding rate 0.004.\n"
+        f"QDrop with {ITERATIONS} iterations a unit of {BATCH} images, rounding rate {RATE}.\n"
     )
 
 
