@@ -96,7 +96,7 @@ class BiasRounding(nn.Module):
         source, weight = self._quantizers
         if not (source.enabled and weight.enabled) or source.scale is None or weight.codes is None:
             return bias
-        step = bias_step(source.current_scale().detach(), weight.get())
+        step = bias_step(source.current_scale().detach(), weight.current_grid())
         rounded = torch.round(bias.float() / step.float()).to(step.dtype) * step
         return bias + (rounded - bias).detach() if bias.requires_grad else rounded
 

@@ -79,10 +79,14 @@ class SoftRounding(nn.Module):
     def hard(self) -> QTensor:
         """The codes with each rounding decided by the sign of alpha, and the learned scale."""
         codes = torch.clamp(self.base + (self.alpha >= 0) + self.zero_point, *self.limits)
+        return replace(self.start, codes=codes.detach().to(self.grid.dtype), scale=self.hard_scale())
+
+    def hard_scale(self) -> Tensor:
+        """The scale as it is now, without a gradient, () or (C,)."""
         scale = self.start.scale
-        if self.log_change.requires_grad:
-            scale = scale * self.log_change.detach().exp().reshape(scale.shape)
-        return replace(self.start, codes=codes.detach().to(self.grid.dtype), scale=scale)
+        if not self.log_change.requires_grad:
+            return scale
+        return scale * self.log_change.detach().exp().reshape(scale.shape)
 
     def regularizer(self, beta: float) -> Tensor:
         """sum over the weights of 1 - |2h - 1|^beta, which pulls each h to 0 or 1; a scalar."""

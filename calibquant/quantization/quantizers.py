@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +77,11 @@ class WeightQuantizer(nn.Module):
     def current(self) -> QTensor:
         """What `stop_learning` would leave; what is set, while nothing is learned."""
         return self.get() if self.rounding is None else self.rounding.hard()
+
+    def current_grid(self) -> QTensor:
+        """As `current`, but the codes may be those from before learning, which costs nothing."""
+        value = self.get()
+        return value if self.rounding is None else replace(value, scale=self.rounding.hard_scale())
 
 
 class ActivationQuantizer(nn.Module):
