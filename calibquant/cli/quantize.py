@@ -20,6 +20,9 @@ def quantize(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. quant.weights.bits=2 seed=7.")
     ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Reconstruct as long as this: 90s, 20m, 1.5h; the same as reconstruct.time=20m.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; calibrate and write nothing.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run; needs no recipe.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
@@ -35,7 +38,8 @@ def quantize(
         with console.reporting(json) as reporter:
             run = pipeline.resume(resume, reporter=reporter)
     else:
-        loaded = load_recipe(recipe, overrides)  # type: ignore[arg-type]
+        given = [*(overrides or []), *([f"reconstruct.time={time}"] if time else [])]
+        loaded = load_recipe(recipe, given)  # type: ignore[arg-type]
         if dry_run:
             _show_plan(pipeline.dry_run(loaded), json)
             return

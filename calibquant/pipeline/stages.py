@@ -25,7 +25,7 @@ from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
 from calibquant.pipeline.run_inputs import entering
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
-from calibquant.recipe import Recipe
+from calibquant.recipe import Recipe, ReconstructRecipe
 from calibquant.reconstruction import (
     LayerReport,
     UnitReport,
@@ -33,10 +33,12 @@ from calibquant.reconstruction import (
     gram_layers,
     reconstruct,
     round_weights,
+    within_time,
 )  # fmt: skip
 from calibquant.runfolder import RunFolder
 
 MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
+PLANNED = "checkpoint-planned.json"  # iterations that fit the time, for a run that goes on
 STEPS = (
     "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_float",
     "evaluate_quantized", "export", "write",
@@ -227,10 +229,13 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
     recipe, model, found, manifest = job.recipe, job.model, before, manifest_csv(job.prepared.manifest)
     spent = sum(report.seconds for report in before.reports)
     with job.steps.begin("reconstruct", f"Reconstruct by {recipe.reconstruct.method}", spent):
+        images, settings = _entering(job), recipe.reconstruct
+        if settings.time is not None:
+            settings = _within_time(job, folder, images)
         learned = reconstruct(
             model,
-            _entering(job),
-            recipe.reconstruct,
+            images,
+            settings,
             recipe.seed,
             job.device,
             job.reporter.progress,
@@ -245,6 +250,19 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
     rolled = sum(not report.kept for report in found.reports)
     note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
+
+
+def _within_time(job: Job, folder: RunFolder, images: Tensor) -> ReconstructRecipe:
+    """The iterations that fit the recipe's time; a run that goes on has them from its folder."""
+    if (folder.path / PLANNED).is_file():
+        settings = ReconstructRecipe.model_validate(folder.read_json(PLANNED))
+    else:
+        settings = within_time(job.model, images, job.recipe.reconstruct, job.recipe.seed, job.device)
+        folder.write_json(PLANNED, settings.model_dump(mode="json"))
+    whole = f" and {settings.network.iterations} of the network" if settings.network.iterations else ""
+    note(job.reporter, f"{job.recipe.reconstruct.time:.0f} s: {settings.iterations} iterations a unit{whole}")
+    job.facts["iterations"] = {"unit": settings.iterations, "network": settings.network.iterations}
+    return settings
 
 
 def correct_all(job: Job, folder: RunFolder) -> None:

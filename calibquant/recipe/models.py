@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Pixels = Annotated[int, Field(ge=1)]
 REGULARIZER = 0.01  # weight of the rounding regularizer for networks of which no other is published
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(lambda value: _seconds(value)), Field(gt=0, allow_inf_nan=False)]
 Observer = Literal[
     "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl",
     "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg",
@@ -218,6 +220,12 @@ class QuantRecipe(Section):
         return self
 
 
+def _seconds(value: Any) -> Any:
+    """90s, 20m and 1.5h as seconds; what is no such text stays for pydantic to judge."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh])\s*", value) if isinstance(value, str) else None
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else value
+
+
 def _conflict(field: str, problem: str, mend: str) -> PydanticCustomError:
     """What is wrong with two fields together; becomes a RecipeError at `field`."""
     return PydanticCustomError("conflict", "{problem}; {mend}", {"field": field, "problem": problem, "mend": mend})
@@ -260,6 +268,9 @@ class ReconstructRecipe(Section):
         default="mse", description="of the roundings' features; fisher weights it by the gradient of the network's KL"
     )
     iterations: int = Field(default=2000, ge=1, description="optimization steps a unit")
+    time: Seconds | None = Field(
+        default=None, description="as many iterations as fit, in these proportions: seconds, or such as 90s, 20m, 1.5h"
+    )
     batch_size: int = Field(default=32, ge=1, description="images a step")
     sampling: Sampling = Field(
         default="without_replacement",

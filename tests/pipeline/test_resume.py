@@ -12,6 +12,7 @@ import torch
 from calibquant import pipeline
 from calibquant.cli import main
 from calibquant.errors import RunFolderError
+from calibquant.pipeline import stages
 from calibquant.reconstruction import network as reconstruction
 from calibquant.studies.digits import FIELDS
 from calibquant.zoo import build, save_weights
@@ -160,3 +161,40 @@ def test_resume_needs_an_interrupted_run(
     pipeline.quantize(recipe)
     assert main(["quantize", *arguments]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_the_iterations_planned_for_its_time(
+    recipe: dict[str, Any], interrupt: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+
+    def plan(*arguments: Any) -> Any:
+        planned.append(3 + len(planned))
+        return arguments[2].model_copy(update={"iterations": planned[-1], "time": None})
+
+    monkeypatch.setattr(stages, "within_time", plan)
+    recipe = recipe | {"reconstruct": recipe["reconstruct"] | {"time": "20m"}}
+    run = pipeline.resume(_interrupted(recipe, interrupt))
+    assert planned == [3]
+    assert run.metrics["iterations"] == {"unit": 3, "network": 0}
+    assert not list(run.folder.glob("checkpoint*"))
+
+
+def test_the_network_is_learned_again_from_its_units_when_it_was_interrupted(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = {"iterations": 6, "batch_size": 16}
+    recipe = recipe | {"reconstruct": recipe["reconstruct"] | {"network": network, "bias_lr": 0.01}}
+    whole = pipeline.quantize(recipe)
+    learn = reconstruction.learn_network
+    monkeypatch.setattr(reconstruction, "learn_network", _stopped)
+    with pytest.raises(RunFolderError, match="was interrupted") as caught:
+        pipeline.quantize(recipe)
+    monkeypatch.setattr(reconstruction, "learn_network", learn)
+    resumed = pipeline.resume(Path(caught.value.where))
+    assert _bytes(resumed.folder) == _bytes(whole.folder)
+    assert [u["unit"] for u in resumed.metrics["units"]][-1] == "network"
+
+
+def _stopped(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
