@@ -253,7 +253,7 @@ class NetworkRecipe(Section):
         default=1.0, ge=0, description="weight of the relative error of the units' outputs beside the logits' KL"
     )
     temperature: Positive = Field(default=2.0, description="by which logits are divided before the KL")
-    augment: bool = Field(default=True, description="flip, shift and patch the images at random, afresh in each step")
+    augment: bool = Field(default=True, description="warp, recolor and patch the images at random, afresh in each step")
 
 
 class ReconstructRecipe(Section):

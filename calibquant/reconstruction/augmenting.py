@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHIFT = 8  # images are shifted by up to this part of a side
+ZOOM = 0.3  # images are magnified by exp(-ZOOM) to exp(ZOOM)
+TURN = math.radians(15)  # and turned by up to this angle,
+SHIFT = 0.15  # and shifted by up to this share of a side
+CONTRAST, COLOR = 0.3, 0.3  # how far values are stretched, and channels shifted in standard deviations of all values
 PATCH = (0.25, 0.75)  # sides of a patch from another image, as shares of this one's
 PATCHED = 0.5  # share of the images that get one
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images mirrored, shifted and patched at random, of torch's random stream.
+    """Images warped, recolored and patched at random, of torch's random stream.
 
     Args:
         images: float32, (N, C, H, W).
     """
-    return patched(flipped_and_shifted(images))
+    return patched(recolored(warped(images, random_warps(len(images)))))
 
 
-def flipped_and_shifted(images: Tensor) -> Tensor:
-    """Each image mirrored or not, and shifted by up to an eighth of its sides, the border reflected; (N, C, H, W)."""
-    n, _, height, width = images.shape
-    mirrored = torch.rand(n) < 0.5
-    images = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
-    down, right = height // SHIFT, width // SHIFT
-    padded = F.pad(images, (right, right, down, down), mode="reflect")
-    tops, lefts = torch.randint(2 * down + 1, (n,)).tolist(), torch.randint(2 * right + 1, (n,)).tolist()
-    crops = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(zip(tops, lefts, strict=True))]
-    return torch.stack(crops)
+def random_warps(n: int) -> Tensor:
+    """Maps from places in the new image to places in the old one, float32 (n, 2, 3): mirrored or not, zoomed, turned,
+    shifted; in coordinates from -1 to 1.
+    """
+    zoom, turn = torch.exp(_between(n, ZOOM)), _between(n, TURN)
+    mirror = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
+    shift = torch.stack([_between(n, 2 * SHIFT), _between(n, 2 * SHIFT)])
+    across, down = zoom * turn.cos(), zoom * turn.sin()
+    rows = [torch.stack([mirror * across, -down, shift[0]], 1), torch.stack([mirror * down, across, shift[1]], 1)]
+    return torch.stack(rows, 1)
+
+
+def warped(images: Tensor, warps: Tensor) -> Tensor:
+    """Each image seen through its map, bilinear, the border reflected; (N, C, H, W)."""
+    grid = F.affine_grid(warps.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def recolored(images: Tensor) -> Tensor:
+    """Each image's values stretched, and its channels shifted."""
+    n, channels = images.shape[:2]
+    stretch, shift = 1 + _between(n, CONTRAST), _between(n * channels, COLOR).view(n, channels) * float(images.std())
+    return images * stretch.view(n, 1, 1, 1).to(images.device) + shift[:, :, None, None].to(images.device)
 
 
 def patched(images: Tensor) -> Tensor:
@@ -45,3 +63,8 @@ def _span(n: int, side: int) -> Tensor:
     start = ((side + 1 - length) * torch.rand(n)).floor()
     at = torch.arange(side)
     return (at >= start[:, None]) & (at < (start + length)[:, None])
+
+
+def _between(n: int, most: float) -> Tensor:
+    """Numbers from -most to most, float32 (n,)."""
+    return torch.empty(n).uniform_(-most, most)

@@ -1,30 +1,77 @@
-"""Images changed at random: what they are changed into, found by trying everything."""
+"""Images changed at random: what becomes of them, and how far it goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
-from calibquant.reconstruction.augmenting import PATCH, PATCHED, SHIFT, flipped_and_shifted, patched
+from calibquant.reconstruction.augmenting import (
+    COLOR,
+    CONTRAST,
+    PATCH,
+    PATCHED,
+    SHIFT,
+    TURN,
+    ZOOM,
+    patched,
+    random_warps,
+    recolored,
+    warped,
+)
+
+IMAGES = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+QUARTER = [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]
 
 
-def test_each_image_is_one_of_all_its_mirrored_shifts() -> None:
+@pytest.mark.parametrize(
+    ("warp", "wanted"),
+    [
+        ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], lambda x: x),
+        ([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], lambda x: x[:, :, ::-1]),
+        (QUARTER, lambda x: np.rot90(x, axes=(1, 2))),
+        # a quarter of the side, 2 of 8 pixels, to the left; on the right the border is reflected
+        ([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]], lambda x: np.concatenate([x[:, :, 2:], x[:, :, :5:-1]], axis=2)),
+    ],
+    ids=["none", "mirrored", "turned", "shifted"],
+)  # fmt: skip
+def test_an_image_is_seen_through_its_map(warp: list[list[float]], wanted: Callable[[Any], Any]) -> None:
+    found = warped(IMAGES, torch.tensor([warp] * len(IMAGES)))
+    for image, result in zip(IMAGES.numpy(), found.numpy(), strict=True):
+        np.testing.assert_allclose(result, wanted(image), atol=1e-5)
+
+
+def test_random_maps_turn_zoom_mirror_and_shift_within_their_bounds() -> None:
     torch.manual_seed(0)
-    images = torch.randn(40, 2, 16, 24)
-    changed, seen = flipped_and_shifted(images).numpy(), set()
-    for image, result in zip(images.numpy(), changed, strict=True):
-        found = []
-        for mirrored in (False, True):
-            base = image[:, :, ::-1] if mirrored else image
-            wide = np.pad(base, ((0, 0), (16 // SHIFT,) * 2, (24 // SHIFT,) * 2), mode="reflect")
-            for y in range(2 * (16 // SHIFT) + 1):
-                for x in range(2 * (24 // SHIFT) + 1):
-                    if np.array_equal(wide[:, y : y + 16, x : x + 24], result):
-                        found.append((mirrored, y, x))
-        assert len(found) == 1
-        seen.add(found[0])
-    assert {mirrored for mirrored, _, _ in seen} == {False, True}
-    assert len(seen) > 20
+    maps = random_warps(2000).double().numpy()
+    turns = maps[:, :, :2]
+    determinants = np.linalg.det(turns)
+    zooms = np.sqrt(np.abs(determinants))
+    rotations = turns / zooms[:, None, None]
+    np.testing.assert_allclose(
+        rotations @ rotations.transpose(0, 2, 1), np.broadcast_to(np.eye(2), (2000, 2, 2)), atol=1e-6
+    )
+    assert 0.45 < (determinants < 0).mean() < 0.55
+    assert np.exp(-ZOOM) <= zooms.min() < 0.8
+    assert 1.25 < zooms.max() <= np.exp(ZOOM) * (1 + 1e-6)
+    angles = np.abs(np.arctan2(rotations[:, 0, 1], rotations[:, 1, 1]))
+    assert 0.9 * TURN < angles.max() <= TURN + 1e-6
+    assert 1.9 * SHIFT < np.abs(maps[:, :, 2]).max() <= 2 * SHIFT
+
+
+def test_colors_move_by_a_factor_and_a_shift_for_each_channel() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(50, 3, 6, 6) * 2 + 1
+    for image, result in zip(images.double().numpy(), recolored(images).double().numpy(), strict=True):
+        factors = [np.polyfit(a.ravel(), b.ravel(), 1) for a, b in zip(image, result, strict=True)]
+        stretch, shifts = np.array(factors).T
+        assert np.ptp(stretch) < 1e-4
+        assert abs(stretch[0] - 1) <= CONTRAST + 1e-6
+        assert np.abs(shifts).max() <= COLOR * float(images.std()) + 1e-4
+        np.testing.assert_allclose(image * stretch[:, None, None] + shifts[:, None, None], result, atol=1e-4)
 
 
 def test_a_patch_is_a_rectangle_of_another_image_at_the_same_place() -> None:

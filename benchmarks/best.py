@@ -1,0 +1,214 @@
+"""What `fast` and `best` reach beside `qdrop`, and what each of their mechanisms adds.
+
+    OMP_NUM_THREADS=1 python benchmarks/best.py --data DATA [--studies NAME …] [--seeds 1005 …]
+
+DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
+(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `mechanisms` (W2A2, one mechanism after another),
+`mobilenet` (MobileNetV2 at W4A4, `best` in the time that `qdrop` takes), `integer` (the integer placement at W4A4, and
+its deploy.onnx). A cell is a run; what was done is kept below --runs, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+from calibquant.metrics import mcnemar
+from calibquant.pipeline import quantize
+from calibquant.recipe import load_recipe
+from calibquant.studies.paired import spread
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# As QDrop's code sets it, and as benchmarks/reconstruction.py.
+CIFAR = (
+    "calibration.order=first", "calibration.range_count=256", "calibration.batch_size=256", "quant.boundary=qdrop",
+    "quant.placement=academic", "quant.activations.observer=mse-batch", "export.onnx=false",
+)  # fmt: skip
+CONVOLVED = ("model.options={shortcut: conv}", "data.preprocess.mean=[0.491, 0.482, 0.447]",
+             "data.preprocess.std=[0.247, 0.243, 0.262]")  # fmt: skip
+INTEGER = ("quant.placement=integer", "export.onnx=true")
+IMAGENET = ("calibration.count=256", "reconstruct.batch_size=8", "export.onnx=false")
+NETWORKS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", CIFAR),
+    "ResNet-20, convolved shortcuts": (
+        "resnet20-cifar10.yaml", "cifar_resnet20_convshortcut_apot_fp32.pt", "cifar-10-batches-bin",
+        (*CIFAR, *CONVOLVED),
+    ),
+    "ResNet-56": (
+        "resnet20-cifar10.yaml", "resnet56-4bfd9763.th", "cifar-10-batches-bin", (*CIFAR, "model.name=cifar_resnet56"),
+    ),
+    "ResNet-20, integer": (
+        "resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", (*CIFAR, *INTEGER),
+    ),
+    "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", IMAGENET),
+}  # fmt: skip
+SHORT = "reconstruct.iterations=500"
+RATE = "reconstruct.rounding_lr=0.02"
+SCALES = ("reconstruct.relative_scales=true", "reconstruct.scale_lr=0.005")
+WEIGHTS, BIASES = "reconstruct.weight_scale_lr=0.005", "reconstruct.bias_lr=0.01"
+ALONE = ("reconstruct.network.iterations=500", "reconstruct.network.features=0", "reconstruct.network.augment=false",
+         "reconstruct.network.temperature=1")  # fmt: skip
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "qdrop": ("preset=qdrop", "reconstruct.iterations=2000"),
+    "fast": ("preset=fast",),
+    "best": ("preset=best",),
+    "qdrop, 500 iterations": ("preset=qdrop", SHORT),
+    "+ higher rounding rate": ("preset=qdrop", SHORT, RATE),
+    "+ relative scale rate": ("preset=qdrop", SHORT, RATE, *SCALES),
+    "+ learned weight scales": ("preset=qdrop", SHORT, RATE, *SCALES, WEIGHTS),
+    "+ learned biases": ("preset=qdrop", SHORT, RATE, *SCALES, WEIGHTS, BIASES),
+    "+ bfloat16": ("preset=best", SHORT, "reconstruct.network.iterations=0"),
+    "+ network stage, 500 iterations": ("preset=best", SHORT, *ALONE),
+    "+ features": ("preset=best", SHORT, *ALONE[:1], *ALONE[2:]),
+    "+ changed images": ("preset=best", SHORT, *ALONE[:1], *ALONE[3:]),
+    "+ temperature 2": ("preset=best", SHORT, *ALONE[:1]),
+    "qdrop, 500 iterations of 8": ("preset=qdrop", SHORT, "reconstruct.rounding_lr=0.01"),
+}
+STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
+    "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
+    "mechanisms": (("ResNet-20",), ("W2A2",), tuple(v for v in VARIANTS if v[0] == "+" or v.endswith("500 iterations"))),
+    "mobilenet": (("MobileNetV2",), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
+    "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run."""
+
+    network: str
+    setting: str
+    variant: str
+    seed: int
+
+    def run(self, given: Any, seconds: float | None = None) -> dict[str, Any]:
+        """Its figures; the classes of the images go to a file beside it."""
+        config, weights, root, options = NETWORKS[self.network]
+        keys = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}", *options]
+        keys += [*VARIANTS[self.variant], f"quant.weights.bits={self.setting[1]}", f"seed={self.seed}"]
+        keys += [f"quant.activations.bits={self.setting[3]}", f"threads={given.threads}", f"runs={given.runs / 'best'}"]
+        keys += [f"reconstruct.time={seconds}"] if seconds else []
+        run = quantize(load_recipe(CONFIGS / config, keys))
+        found, metrics = run.evaluation, run.metrics
+        self.path(given).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(self.path(given), predictions=found.predictions, labels=found.labels)
+        return {
+            "network": self.network, "setting": self.setting, "variant": self.variant, "seed": self.seed,
+            "float_top1": metrics["float"]["top1"], "top1": metrics["quantized"]["top1"],
+            "agreement": metrics["quantized"]["agreement"], "seconds": metrics["seconds"]["reconstruct"],
+            "iterations": metrics.get("iterations"), "parity": metrics.get("parity"), "images": len(found.labels),
+            "kept": sum(u["kept"] for u in metrics["units"]), "units": len(metrics["units"]),
+        }  # fmt: skip
+
+    def path(self, given: Any) -> Path:
+        words = f"{self.network}-{self.setting}-{self.variant}-{self.seed}"
+        name = "".join(c if c.isalnum() or c in "-+" else "_" for c in words)
+        return Path(given.runs) / "best" / "predictions" / f"{name}.npz"
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(row["network"], row["setting"], row["variant"], row["seed"])
+
+
+def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
+    header = ["network", "setting", "recipe", "seeds", "top-1 %", "drop", "agreement %", "seconds of reconstruction"]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["setting"], row["variant"]), []).append(row)
+    body = []
+    for (network, setting, variant), found in groups.items():
+        top1, agreement = (spread([100 * r[key] for r in found]) for key in ("top1", "agreement"))
+        sd = "" if top1.sd is None else f" ± {top1.sd:.2f}"
+        body.append([
+            network, setting, variant, str(top1.n), f"{top1.mean:.2f}{sd}",
+            f"{100 * found[0]['float_top1'] - top1.mean:.2f}", f"{agreement.mean:.2f}",
+            f"{np.mean([r['seconds'] for r in found]):.0f}",
+        ])  # fmt: skip
+    text = common.table(header, body) + (
+        '\nBoundary `qdrop`, placement `academic` (MobileNetV2 and "integer": `integer`); CIFAR-10: the first 1,024 '
+        "training images calibrate, 5,000 test images; MobileNetV2: 256 training images, 8 a step, 650 validation "
+        "images. Mean ± sd over seeds; one thread.\n"
+    )
+    for test in tests:
+        text += (
+            f"\n{test['network']} {test['setting']}, seed {test['seed']}: {test['a']} against {test['b']}, agreement "
+            f"with the float network {100 * test['agreement_a']:.2f} and {100 * test['agreement_b']:.2f} %, McNemar "
+            f"p = {test['p']:.2g}.\n"
+        )
+    return text
+
+
+def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """MobileNetV2: whether `best` agrees on more images with the float network than `qdrop` does."""
+    baseline, tests = STUDIES["mobilenet"][2][0], {(t["network"], t["setting"], t["seed"]): t for t in known}
+    for row in (r for r in rows if r["network"] == "MobileNetV2" and r["variant"] == "best"):
+        mine, other = cell_of(row), Cell(row["network"], row["setting"], baseline, row["seed"])
+        if not (mine.path(given).is_file() and other.path(given).is_file()):
+            continue
+        with np.load(reference_path(given), allow_pickle=False) as stored:
+            wanted = stored["predictions"]
+        agrees = []
+        for cell in (mine, other):
+            with np.load(cell.path(given), allow_pickle=False) as stored:
+                agrees.append(stored["predictions"] == wanted)
+        tests[row["network"], row["setting"], row["seed"]] = {
+            "network": row["network"], "setting": row["setting"], "seed": row["seed"], "a": "best", "b": baseline,
+            "agreement_a": float(agrees[0].mean()), "agreement_b": float(agrees[1].mean()),
+            "p": mcnemar(agrees[0], agrees[1]),
+        }  # fmt: skip
+    return list(tests.values())
+
+
+def reference_path(given: Any) -> Path:
+    """The float network's classes of MobileNetV2's images."""
+    path = Path(given.runs) / "best" / "predictions" / "MobileNetV2-float.npz"
+    if not path.is_file():
+        config, weights, root, options = NETWORKS["MobileNetV2"]
+        keys = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}", *options]
+        keys += ["preset=int8", "calibration.count=8", f"runs={given.runs / 'best'}", f"threads={given.threads}"]
+        keys += ["quant.weights.bits=16", "quant.activations.bits=16"]
+        found = quantize(load_recipe(CONFIGS / config, keys))
+        if found.metrics["quantized"]["agreement"] < 1:
+            raise SystemExit("16 bits do not give the float network's classes")
+        np.savez(path, predictions=found.evaluation.predictions)
+    return path
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--studies", nargs="+", choices=[*STUDIES], default=[*STUDIES])
+    parser.add_argument("--settings", nargs="+", help="only these")
+    parser.add_argument("--variants", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
+    given = parser.parse_args()
+    path = common.RESULTS / "best.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "tests": []}
+    rows, tests = stored["rows"], stored["tests"]
+    for study in given.studies:
+        networks, settings, variants = STUDIES[study]
+        for seed in given.seeds:
+            wanted = [Cell(n, s, v, seed) for n in networks for s in settings for v in variants]
+            for cell in wanted:
+                skip = (given.settings and cell.setting not in given.settings) or (
+                    given.variants and cell.variant not in given.variants
+                )
+                if skip or cell in map(cell_of, rows):
+                    continue
+                same = [r["seconds"] for r in rows if cell_of(r) == Cell(cell.network, cell.setting, variants[0], seed)]
+                seconds = same[0] if study == "mobilenet" and cell.variant != variants[0] else None
+                rows.append(cell.run(given, seconds))
+                order = [*NETWORKS], [*VARIANTS]
+                rows.sort(key=lambda r: (order[0].index(r["network"]), r["setting"], order[1].index(r["variant"])))
+                tests = tests_of(rows, given, tests)
+                command = "OMP_NUM_THREADS=1 python benchmarks/best.py --data DATA"
+                common.write("best", command, {"rows": rows, "tests": tests}, text_of(rows, tests))
+
+
+if __name__ == "__main__":
+    main()
