@@ -244,10 +244,10 @@ class NetworkRecipe(Section):
 
     iterations: int = Field(default=0, ge=0, description="optimization steps; 0: none")
     batch_size: int = Field(default=64, ge=1, description="images a step")
-    rounding_lr: float = Field(default=5e-2, gt=0, description="Adam's learning rate of the rounding variables")
+    rounding_lr: float = Field(default=3e-2, gt=0, description="Adam's learning rate of the rounding variables")
     weight_scale_lr: float = Field(default=1e-2, ge=0, description="of the weights' scales, relative to them")
     scale_lr: float = Field(default=1e-2, gt=0, description="of the activation scales, relative to them")
-    bias_lr: float = Field(default=2e-2, ge=0, description="of the biases, in standard deviations of the output")
+    bias_lr: float = Field(default=1e-2, ge=0, description="of the biases, in standard deviations of the output")
     rise: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the rates rise")
     features: float = Field(
         default=1.0, ge=0, description="weight of the relative error of the units' outputs beside the logits' KL"

@@ -72,7 +72,7 @@ _LEARNED: dict[str, Any] = {
     "weight_scale_lr": 5e-3,
     "scale_lr": 5e-3,
     "relative_scales": True,
-    "bias_lr": 1e-2,
+    "bias_lr": 5e-3,
     "precision": "auto",
 }
 
