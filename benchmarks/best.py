@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
     "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
-    "mechanisms": (("ResNet-20",), ("W2A2",), tuple(v for v in VARIANTS if v[0] == "+" or v.endswith("500 iterations"))),
+    "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
     "mobilenet": (("MobileNetV2",), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
     "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
 }  # fmt: skip

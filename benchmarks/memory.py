@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import common
 import torch
@@ -25,6 +26,7 @@ from calibquant import parallel
 from calibquant.pipeline import dry_run, quantize
 from calibquant.recipe import Recipe, load_recipe
 
+Result = TypeVar("Result")
 CONFIGS = Path(__file__).parents[1] / "configs"
 IMAGENET = ("calibration.batch_size=16", "evaluation.count=50", "export.onnx=false")
 RECONSTRUCTED = ("reconstruct.method=qdrop", "reconstruct.iterations=20", "quant.weights.bits=4",
@@ -66,6 +68,20 @@ def measured(name: str, given: Any, keeping: bool) -> dict[str, Any]:
     """A run in this process."""
     recipe = recipe_of(name, given, keeping)
     predicted = dry_run(recipe) if keeping else None
+    begin = time.process_time()
+    run, peak = watched(lambda: quantize(recipe))
+    seconds = time.process_time() - begin
+    units = run.metrics["units"]
+    return {
+        "case": name, "peak": peak, "predicted": predicted and predicted.peak_bytes,
+        "predicted_seconds": predicted and predicted.seconds, "cpu_seconds": seconds, "units": len(units),
+        "learning_seconds": sum(u["seconds"] for u in units), "iterations": recipe.reconstruct.iterations,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def watched(action: Callable[[], Result]) -> tuple[Result, int]:
+    """What it returns, and by how many bytes the process grew meanwhile at most."""
     before, stop, peak = anonymous(), threading.Event(), [0]
 
     def watch() -> None:
@@ -74,18 +90,12 @@ def measured(name: str, given: Any, keeping: bool) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begin = time.process_time()
-    run = quantize(recipe)
-    seconds = time.process_time() - begin
-    stop.set()
-    watcher.join()
-    units = run.metrics["units"]
-    return {
-        "case": name, "peak": peak[0] - before, "predicted": predicted and predicted.peak_bytes,
-        "predicted_seconds": predicted and predicted.seconds, "cpu_seconds": seconds, "units": len(units),
-        "learning_seconds": sum(u["seconds"] for u in units), "iterations": recipe.reconstruct.iterations,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    try:
+        result = action()
+    finally:
+        stop.set()
+        watcher.join()
+    return result, peak[0] - before
 
 
 def anonymous() -> int:
