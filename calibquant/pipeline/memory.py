@@ -52,12 +52,17 @@ def peak_bytes(
     passing = live_bytes(graph, sizes) + QUANTIZING * max(sizes.values())
     measured = recipe.evaluation.batch_size or images_at_once(images.shape, MOST_AT_ONCE, device)
     stages = [max(recipe.calibration.batch_size, measured) * passing]
-    learned = [unit for phase in phases(settings) for unit in planned_units(model, settings, phase)]
+    whole = images_at_once(images.shape, settings.network.batch_size, device)
+    learned = {
+        unit: whole if phase.name == "network" else settings.batch_size
+        for phase in phases(settings)
+        for unit in planned_units(model, settings, phase)
+    }
     if learned or rounds(recipe) or recipe.quant.bias_correction == "empirical":
-        chain = learned or units(graph, "layer")
+        chain = [*learned] or units(graph, "layer")
         features = n * feature_bytes(graph, sizes, chain) * getattr(torch, settings.cache).itemsize // 4
         batch = images_at_once(images.shape, max(settings.batch_size, BATCH), device)
-        busy = [batch * passing, *(settings.batch_size * learning_bytes(model, unit, sizes) for unit in learned)]
+        busy = [batch * passing, *(at_once * learning_bytes(model, u, sizes) for u, at_once in learned.items())]
         # The images are held twice: as they are, and on the grid of the input's quantizer.
         held = 2 * n * images[0].numel() * images.element_size()
         stages.append(held + int(min(features, settings.cache_limit * 1e9)) + max(busy))

@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},
-    "fast": {"reconstruct": {**_LEARNED, "iterations": 150, "network": {"iterations": 200}}},
+    "fast": {"reconstruct": {**_LEARNED, "iterations": 100, "network": {"iterations": 120}}},
     "best": {"reconstruct": {**_LEARNED, "iterations": 500, "network": {"iterations": 1000}}},
     "captq": {"quant": {"boundary": "captq"}, "reconstruct": {"method": "qdrop"}},
     "adaround-reference": {**_BRECQ_CODE, "reconstruct": {**_BRECQ_CODE["reconstruct"], "method": "adaround"}},
