@@ -404,8 +404,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _learnable(self) -> Recipe:
-        if self.quant.activations.granularity == "per_channel" and self.reconstruct.method in ("brecq", "qdrop"):
-            problem = f"{self.reconstruct.method} learns one scale for an activation"
+        settings = self.reconstruct
+        whole = settings.method != "none" and settings.network.iterations
+        if self.quant.activations.granularity == "per_channel" and (settings.method in ("brecq", "qdrop") or whole):
+            what = settings.method if settings.method != "adaround" else "reconstruct.network"
+            problem = f"{what} learns one scale for an activation"
             raise _conflict("reconstruct.method", problem, "use adaround, or quant.activations.granularity=per_tensor")
         return self
 

@@ -65,7 +65,7 @@ def learn_network(
     Quantization" (NWQ, NeurIPS 2022), with straight-through instead of annealed roundings.
     """
     begin = time.perf_counter()
-    stage = _Stage(model, images, recipe, device)
+    stage = _Stage(model, images, recipe, device, whole_network(model.teacher.graph))
     rows = torch.arange(len(images))
     held_out = is_judged(recipe, len(rows))
     judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
@@ -99,20 +99,22 @@ class _Stage:
     images: Tensor
     recipe: ReconstructRecipe
     device: torch.device | str
+    unit: Unit
 
     def learn(self, rows: Tensor, phase: Phase) -> Iterator[Tensor]:
         """Optimize on some images; gives the loss after each step, with what was learned in place."""
-        settings = self.recipe.network
-        some = self._take(rows[: settings.batch_size])
+        settings, nodes = self.recipe.network, self.unit.nodes
+        at_once = images_at_once(self.images.shape, settings.batch_size, self.device)
+        some = self._take(rows[:at_once])
         learned = start_learning(self.model, phase.rates, some, decided=True)
         optimizer = torch.optim.Adam([*learned.rounding_groups, *learned.other_groups])
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
         )
         names = self._watched()
-        student, teacher = self.model.part(self._nodes(), names), subgraph(self.model.teacher, self._nodes(), names)
-        sizes = [float(value.square().mean()) for value in _outputs(teacher, some)]
-        at_once = images_at_once(self.images.shape, settings.batch_size, self.device)
+        student, teacher = self.model.part(nodes, names), subgraph(self.model.teacher, nodes, names)
+        with torch.no_grad():
+            sizes = [float(value.square().mean()) for value in _outputs(teacher, some)]
         for batch in epochs(len(rows), settings.batch_size, phase.iterations):
             optimizer.zero_grad()
             total = torch.zeros(())
@@ -147,17 +149,12 @@ class _Stage:
 
     def _watched(self) -> list[str]:
         """The nodes whose values the loss compares; the network's output is the last."""
-        graph = self.model.teacher.graph
-        inner = [u.output for u in units(graph, "block")] if self.recipe.network.features else []
-        output = whole_network(graph).output
-        return [*dict.fromkeys(name for name in inner if name != output), output]
-
-    def _nodes(self) -> tuple[str, ...]:
-        return whole_network(self.model.teacher.graph).nodes
+        blocks = units(self.model.teacher.graph, "block") if self.recipe.network.features else []
+        return [*dict.fromkeys(u.output for u in blocks if u.output != self.unit.output), self.unit.output]
 
     def _entering(self, x: Tensor) -> Tensor:
         """The images as they enter the quantized network."""
-        quantizer = self.model.activation_quantizers.get(whole_network(self.model.teacher.graph).input)
+        quantizer = self.model.activation_quantizers.get(self.unit.input)
         return x if quantizer is None else quantizer(x)
 
     def _take(self, rows: Tensor) -> Tensor:
