@@ -274,3 +274,17 @@ def test_gram_rounding_shows_its_layers(command: Command) -> None:
     assert "Gram rounding" in text
     assert "conv1.weight" in text
     assert "Gram rounding" in command("inspect")
+
+
+def test_a_time_decides_the_iterations_and_the_whole_network_is_shown_as_a_unit(command: Command) -> None:
+    text = command(
+        "quantize", "recipe.yaml", "--time", "10s", "preset=fast", "quant.weights.bits=2", "export.onnx=false"
+    )
+    (run,) = runs()
+    metrics = json.loads(Path(f"runs/{run}/metrics.json").read_text())
+    found = metrics["iterations"]
+    assert found["unit"] >= 1
+    assert found["network"] == pytest.approx(1.2 * found["unit"], abs=2)  # the preset's 100 and 120
+    assert f"10 s: {found['unit']} iterations a unit and {found['network']} of the network" in " ".join(text.split())
+    assert metrics["units"][-1]["unit"] == "network"
+    assert yaml.safe_load(Path(f"runs/{run}/recipe.yaml").read_text())["reconstruct"]["time"] == 10
