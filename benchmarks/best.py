@@ -32,7 +32,8 @@ CIFAR = (
 CONVOLVED = ("model.options={shortcut: conv}", "data.preprocess.mean=[0.491, 0.482, 0.447]",
              "data.preprocess.std=[0.247, 0.243, 0.262]")  # fmt: skip
 INTEGER = ("quant.placement=integer", "export.onnx=true")
-IMAGENET = ("calibration.count=256", "reconstruct.batch_size=8", "export.onnx=false")
+IMAGENET = ("calibration.count=256", "reconstruct.batch_size=8", "reconstruct.network.batch_size=16",
+            "export.onnx=false")  # fmt: skip
 NETWORKS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", CIFAR),
     "ResNet-20, convolved shortcuts": (
