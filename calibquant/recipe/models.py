@@ -306,7 +306,7 @@ class ReconstructRecipe(Section):
     )
     network: NetworkRecipe = NetworkRecipe()
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        default="float32", description="of convolutions while learning; auto: bfloat16 where the processor has it"
+        default="float32", description="of the ops while learning; auto: bfloat16 where the processor has it"
     )
     skip_first: bool = Field(default=False, description="leave the network's first unit at nearest rounding")
     never_worse: bool = Field(default=True, description="keep a unit's result only if it helps on images held out")

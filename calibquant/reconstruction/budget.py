@@ -16,6 +16,7 @@ from calibquant.reconstruction.learnables import restore_state, state_of
 from calibquant.reconstruction.network import reconstruct
 
 SHORT, LONG = 1, 4  # iterations of the two trials; their difference is free of what does not repeat
+LEAST = 1e-6  # seconds of an iteration, where two trials of a tiny network differ by less than the clock tells
 SPARE = 0.95  # of the time is planned for, since machines are not always equally fast
 
 
@@ -40,7 +41,7 @@ def within_time(
     begin = time.perf_counter()
     some = images[: max(recipe.batch_size, recipe.network.batch_size)]
     (short, fixed), (long, _) = (_trial(model, some, recipe, n, seed, device) for n in (SHORT, LONG))
-    steps = {phase: max(0.0, long[phase] - short[phase]) / (LONG - SHORT) for phase in short}
+    steps = {phase: max(LEAST, (long[phase] - short[phase]) / (LONG - SHORT)) for phase in short}
     judged = len(images) / (HELD_OUT if recipe.never_worse else 1)  # a trial judges on all of its images
     collecting = fixed * len(images) / len(some)
     collecting += sum(max(0.0, short[phase] - SHORT * steps[phase]) for phase in short) * judged / len(some)

@@ -23,7 +23,6 @@ from calibquant.reconstruction.learnables import restore_state, start_learning, 
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
-TELLING = 5  # steps between two looks at the loss
 
 
 def whole_network(graph: fx.Graph) -> Unit:
@@ -76,7 +75,7 @@ def learn_network(
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
             torch.manual_seed(seed)
             for step, loss in enumerate(stage.learn(learning, phase), start=1):
-                if progress and step % TELLING == 1:
+                if progress:
                     progress(step, phase.iterations, f"loss {float(loss):.3g}")
                 if step == phase.iterations or (held_out and step % max(1, phase.iterations // LOOKS) == 0):
                     reached = stage.judge(judging)

@@ -65,6 +65,13 @@ def test_a_time_that_does_not_suffice_says_how_much_would(machine: None, model: 
     within_time(model, images, recipe(time=4), 0)
 
 
+def test_trials_that_differ_by_nothing_still_plan_iterations(
+    monkeypatch: pytest.MonkeyPatch, model: QuantModel, images: Tensor
+) -> None:
+    monkeypatch.setattr(budget, "_trial", lambda *_: ({"both": 0.5, "network": 0.5}, 0.1))
+    assert within_time(model, images, recipe(time=60), 0).iterations > 200
+
+
 def test_trials_leave_the_model_as_it_was(model: QuantModel, images: Tensor) -> None:
     before = {name: q.get() for name, q in model.weight_quantizers.items()}
     ranges = {name: q.get() for name, q in model.activation_quantizers.items()}
