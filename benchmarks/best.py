@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/best.py --data DATA [--studies NAME …] [--seeds 1005 …]
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
-(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `mechanisms` (W2A2, one mechanism after another),
-`mobilenet` (MobileNetV2 at W4A4, `best` in the time that `qdrop` takes), `integer` (the integer placement at W4A4, and
-its deploy.onnx). A cell is a run; what was done is kept below --runs, so that the same command goes on.
+(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `mechanisms` (W2A2, one mechanism after another), `large`
+(at W4A4, `best` in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
+`integer` (the integer placement at W4A4, and its deploy.onnx). A cell is a run; what was done is kept below --runs, so
+that the same command goes on. --trained is the run of
+`calibquant train configs/train/resnet18-imagenette.yaml`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from typing import Any
 import common
 import numpy as np
 
+from calibquant.evaluation import evaluate
 from calibquant.metrics import mcnemar
 from calibquant.pipeline import quantize
+from calibquant.pipeline.deployed import evaluate_onnx
+from calibquant.pipeline.preparing import build, open_set
 from calibquant.recipe import load_recipe
 from calibquant.studies.paired import spread
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # As QDrop's code sets it, and as benchmarks/reconstruction.py.
 CIFAR = (
-    "calibration.order=first", "calibration.range_count=256", "calibration.batch_size=256", "quant.boundary=qdrop",
+    "calibration.strategy=first", "calibration.range_count=256", "calibration.batch_size=256", "quant.boundary=qdrop",
     "quant.placement=academic", "quant.activations.observer=mse-batch", "export.onnx=false",
 )  # fmt: skip
 CONVOLVED = ("model.options={shortcut: conv}", "data.preprocess.mean=[0.491, 0.482, 0.447]",
@@ -47,6 +52,7 @@ NETWORKS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", (*CIFAR, *INTEGER),
     ),
     "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", IMAGENET),
+    "ResNet-18, Imagenette": ("train/resnet18-imagenette.yaml", "", "imagenette10", IMAGENET),
 }  # fmt: skip
 SHORT = "reconstruct.iterations=500"
 RATE = "reconstruct.rounding_lr=0.02"
@@ -74,7 +80,7 @@ STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
     "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
     "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
-    "mobilenet": (("MobileNetV2",), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
+    "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
     "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
 }  # fmt: skip
 
@@ -90,12 +96,11 @@ class Cell:
 
     def run(self, given: Any, seconds: float | None = None) -> dict[str, Any]:
         """Its figures; the classes of the images go to a file beside it."""
-        config, weights, root, options = NETWORKS[self.network]
-        keys = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}", *options]
+        config, keys = source_of(self.network, given)
         keys += [*VARIANTS[self.variant], f"quant.weights.bits={self.setting[1]}", f"seed={self.seed}"]
         keys += [f"quant.activations.bits={self.setting[3]}", f"threads={given.threads}", f"runs={given.runs / 'best'}"]
         keys += [f"reconstruct.time={seconds}"] if seconds else []
-        run = quantize(load_recipe(CONFIGS / config, keys))
+        run = quantize(load_recipe(config, keys))
         found, metrics = run.evaluation, run.metrics
         self.path(given).parent.mkdir(parents=True, exist_ok=True)
         np.savez(self.path(given), predictions=found.predictions, labels=found.labels)
@@ -103,7 +108,7 @@ class Cell:
             "network": self.network, "setting": self.setting, "variant": self.variant, "seed": self.seed,
             "float_top1": metrics["float"]["top1"], "top1": metrics["quantized"]["top1"],
             "agreement": metrics["quantized"]["agreement"], "seconds": metrics["seconds"]["reconstruct"],
-            "iterations": metrics.get("iterations"), "parity": metrics.get("parity"), "images": len(found.labels),
+            "iterations": metrics.get("iterations"), "deployed": deployed_of(run.folder), "images": len(found.labels),
             "kept": sum(u["kept"] for u in metrics["units"]), "units": len(metrics["units"]),
         }  # fmt: skip
 
@@ -111,6 +116,21 @@ class Cell:
         words = f"{self.network}-{self.setting}-{self.variant}-{self.seed}"
         name = "".join(c if c.isalnum() or c in "-+" else "_" for c in words)
         return Path(given.runs) / "best" / "predictions" / f"{name}.npz"
+
+
+def source_of(network: str, given: Any) -> tuple[Path, list[str]]:
+    """A network's recipe, and the keys that name its weights and images."""
+    config, weights, root, options = NETWORKS[network]
+    path = given.data / "weights" / weights if weights else given.trained / "weights.safetensors"
+    return CONFIGS / config, [f"model.weights={path}", f"data.root={given.data / root}", *options]
+
+
+def deployed_of(folder: Path) -> dict[str, float] | None:
+    """What the run's deploy.onnx gives on the evaluation images; None without one."""
+    if not (folder / "deploy.onnx").is_file():
+        return None
+    found = evaluate_onnx(folder / "deploy.onnx")
+    return {"top1": found["deployed"]["top1"], "agreement_with_simulation": found["agreement_with_simulation"]}
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -136,6 +156,12 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
         "training images calibrate, 5,000 test images; MobileNetV2: 256 training images, 8 a step, 650 validation "
         "images. Mean ± sd over seeds; one thread.\n"
     )
+    for row in (r for r in rows if r.get("deployed")):
+        text += (
+            f"\n{row['network']} {row['setting']}, {row['variant']}, seed {row['seed']}: deploy.onnx "
+            f"{100 * row['deployed']['top1']:.2f} % in ONNX Runtime, deciding as the simulation on "
+            f"{100 * row['deployed']['agreement_with_simulation']:.2f} % of the images.\n"
+        )
     for test in tests:
         text += (
             f"\n{test['network']} {test['setting']}, seed {test['seed']}: {test['a']} against {test['b']}, agreement "
@@ -146,14 +172,14 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
 
 
 def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """MobileNetV2: whether `best` agrees on more images with the float network than `qdrop` does."""
-    baseline, tests = STUDIES["mobilenet"][2][0], {(t["network"], t["setting"], t["seed"]): t for t in known}
-    for row in (r for r in rows if r["network"] == "MobileNetV2" and r["variant"] == "best"):
+    """Large networks: whether `best` agrees on more images with the float network than `qdrop` does."""
+    networks, _, (baseline, _) = STUDIES["large"]
+    tests = {(t["network"], t["setting"], t["seed"]): t for t in known}
+    for row in (r for r in rows if r["network"] in networks and r["variant"] == "best"):
         mine, other = cell_of(row), Cell(row["network"], row["setting"], baseline, row["seed"])
         if not (mine.path(given).is_file() and other.path(given).is_file()):
             continue
-        with np.load(reference_path(given), allow_pickle=False) as stored:
-            wanted = stored["predictions"]
+        wanted = float_classes(row["network"], given)
         agrees = []
         for cell in (mine, other):
             with np.load(cell.path(given), allow_pickle=False) as stored:
@@ -166,24 +192,17 @@ def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]
     return list(tests.values())
 
 
-def reference_path(given: Any) -> Path:
-    """The float network's classes of MobileNetV2's images."""
-    path = Path(given.runs) / "best" / "predictions" / "MobileNetV2-float.npz"
-    if not path.is_file():
-        config, weights, root, options = NETWORKS["MobileNetV2"]
-        keys = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}", *options]
-        keys += ["preset=int8", "calibration.count=8", f"runs={given.runs / 'best'}", f"threads={given.threads}"]
-        keys += ["quant.weights.bits=16", "quant.activations.bits=16"]
-        found = quantize(load_recipe(CONFIGS / config, keys))
-        if found.metrics["quantized"]["agreement"] < 1:
-            raise SystemExit("16 bits do not give the float network's classes")
-        np.savez(path, predictions=found.evaluation.predictions)
-    return path
+def float_classes(network: str, given: Any) -> Any:
+    """The float network's classes of its evaluation images."""
+    config, keys = source_of(network, given)
+    recipe = load_recipe(config, keys)
+    return evaluate(build(recipe), open_set(recipe, "evaluation")).predictions
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--studies", nargs="+", choices=[*STUDIES], default=[*STUDIES])
+    parser.add_argument("--trained", type=Path, help="run folder of the ResNet-18 trained on Imagenette")
     parser.add_argument("--settings", nargs="+", help="only these")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
@@ -199,10 +218,11 @@ def main() -> None:
                 skip = (given.settings and cell.setting not in given.settings) or (
                     given.variants and cell.variant not in given.variants
                 )
+                skip = skip or (cell.network.endswith("Imagenette") and given.trained is None)
                 if skip or cell in map(cell_of, rows):
                     continue
                 same = [r["seconds"] for r in rows if cell_of(r) == Cell(cell.network, cell.setting, variants[0], seed)]
-                seconds = same[0] if study == "mobilenet" and cell.variant != variants[0] else None
+                seconds = same[0] if study == "large" and cell.variant != variants[0] else None
                 rows.append(cell.run(given, seconds))
                 order = [*NETWORKS], [*VARIANTS]
                 rows.sort(key=lambda r: (order[0].index(r["network"]), r["setting"], order[1].index(r["variant"])))

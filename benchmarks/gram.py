@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, data: Path, weight_bits: int, activation_bits: int) -> None:
         self.recipe: Recipe = load_recipe(ROOT / "configs" / "resnet20-cifar10.yaml", [
             f"model.weights={data / 'weights' / 'resnet20-12fca82f.th'}", f"data.root={data / 'cifar-10-batches-bin'}",
-            "calibration.order=first", f"quant.weights.bits={weight_bits}",
+            "calibration.strategy=first", f"quant.weights.bits={weight_bits}",
             f"quant.activations.bits={activation_bits}",
         ])  # fmt: skip
         self.prepared: Prepared = prepare(self.recipe, None, None, None)

@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 METHODS, BITS = ["qdrop-reference", "qdrop"], ["w4a4", "w3a3", "w2a4", "w2a2"]
 # What qdrop-reference sets beside the method, for qdrop as well: only sampling and the never-worse rule differ.
 SHARED = [
-    "calibration.order=first", "calibration.range_count=256", "calibration.batch_size=256", "quant.placement=academic",
-    "quant.boundary=qdrop", "quant.activations.observer=mse-batch", "reconstruct.iterations=2000", "threads=1",
+    "calibration.strategy=first", "calibration.range_count=256", "calibration.batch_size=256",
+    "quant.placement=academic", "quant.boundary=qdrop", "quant.activations.observer=mse-batch",
+    "reconstruct.iterations=2000", "threads=1",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibquant.evaluation import evaluate
     from calibquant.export.artifact import load
     from calibquant.graph import capture
-    from calibquant.pipeline import Run, quantize, train
+    from calibquant.pipeline import Run, judge, quantize, select, train
     from calibquant.quantization import QuantModel, QuantPlan
     from calibquant.recipe import Recipe, load_recipe
 
@@ -31,16 +31,18 @@ _HOME = {
     "TensorImages": "data",
     "capture": "graph",
     "evaluate": "evaluation",
+    "judge": "pipeline",
     "load": "export.artifact",
     "load_recipe": "recipe",
     "open_images": "data",
     "quantize": "pipeline",
+    "select": "pipeline",
     "train": "pipeline",
 }
 
 __all__ = [
-    "CalibQuantError", "QuantModel", "QuantPlan", "Recipe", "Run", "TensorImages", "capture", "evaluate", "load",
-    "load_recipe", "open_images", "quantize", "train",
+    "CalibQuantError", "QuantModel", "QuantPlan", "Recipe", "Run", "TensorImages", "capture", "evaluate", "judge",
+    "load", "load_recipe", "open_images", "quantize", "select", "train",
 ]  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def test_a_reference_recipe_is_its_preset_on_imagenet(name: str) -> None:
     recipe, preset = load_recipe(name), make_recipe({"preset": f"{method}-reference"})
     assert (recipe.setting.lower(), recipe.model.name) == (setting, network)
     found, expected = flat(recipe.model_dump()), flat(preset.model_dump())
-    differing = {key for key in found if found[key] != expected.get(key)} - {"calibration.order"}
+    differing = {key for key in found if found[key] != expected.get(key)} - {"calibration.strategy"}
     groups = ("model.", "data.", "quant.weights.bits", "quant.activations.bits", "evaluation.batch_size")
     assert [key for key in differing if not key.startswith(groups)] == []
 
@@ -172,7 +172,7 @@ def test_the_experiments_of_the_papers(setting: str, network: str) -> None:
     """1,024 images of the training folder, 20,000 iterations, CaPTQ's ends, the network's own regularizer."""
     recipe = load_recipe(f"{setting}/{network}")
     assert (recipe.setting.lower(), recipe.model.name, recipe.preset) == (setting, network, "captq")
-    assert (recipe.calibration.count, recipe.calibration.order) == (1024, "random")
+    assert (recipe.calibration.count, recipe.calibration.strategy) == (1024, "random")
     assert (recipe.reconstruct.iterations, recipe.reconstruct.regularizer) == (20_000, None)
     assert (recipe.quant.boundary, recipe.quant.boundary_bits, recipe.quant.placement) == ("captq", 8, "integer")
     assert (recipe.data.calibration, recipe.data.evaluation) == ("train", "val")

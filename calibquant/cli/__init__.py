@@ -14,8 +14,10 @@ from calibquant.cli.demo import demo
 from calibquant.cli.evaluate import evaluate
 from calibquant.cli.export import export
 from calibquant.cli.inspect import inspect
+from calibquant.cli.judge import judge
 from calibquant.cli.quantize import quantize
 from calibquant.cli.recipes import recipes
+from calibquant.cli.select import select
 from calibquant.cli.train import train
 from calibquant.errors import CalibQuantError
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, quantize, evaluate, inspect, analyze, compare, export, bench, recipes):
+for command in (demo, train, select, judge, quantize, evaluate, inspect, analyze, compare, export, bench, recipes):
     app.command()(command)
 
 

@@ -8,9 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from calibquant.data.imageset import ImageSet, check_indices
 from calibquant.data.lists import parse_digest, parse_label, read_rows
@@ -48,24 +45,6 @@ class Manifest:
 COLUMNS = tuple(field.name for field in fields(ManifestRow))
 
 
-def draw(images_count: int, count: int, order: Literal["random", "first"], seed: int) -> list[int]:
-    """Choose `count` of `images_count` images without replacement, in drawn order.
-
-    Raises:
-        DataError: more images are asked for than there are.
-
-    Example:
-        >>> draw(10, 3, "first", seed=0)
-        [0, 1, 2]
-    """
-    if not 0 <= count <= images_count:
-        problem = f"{count} images are asked for but the set has {images_count}"
-        raise DataError("calibration.count", problem, f"use a count of at most {images_count}, or more images")
-    if order == "first":
-        return list(range(count))
-    return [int(i) for i in np.random.default_rng(seed).permutation(images_count)[:count]]
-
-
 def check_calibration_set(n: int) -> None:
     """Check that `n` images are enough to calibrate with.
 
@@ -78,28 +57,43 @@ def check_calibration_set(n: int) -> None:
 
 
 def make_manifest(
-    images: ImageSet, indices: Sequence[int], strategy: str, seed: int, scores: Sequence[float] | None = None
+    images: ImageSet, indices: Sequence[int], strategy: Sequence[str], seed: int, scores: Sequence[float] | None = None
 ) -> Manifest:
     """The manifest of the chosen images; reads and hashes each once.
 
     Args:
         images: the set.
         indices: the chosen images, in order.
-        strategy: how they were chosen.
+        strategy: how each was chosen.
         seed: of the draw.
-        scores: one for each chosen image, or None.
+        scores: one for each chosen image, NaN where it has none, or None.
 
     Raises:
         DataError: an index is outside the set, or a file cannot be read.
     """
     chosen = check_indices(indices, len(images))
-    marks: Sequence[float | None] = [None] * len(chosen) if scores is None else [float(s) for s in scores]
+    marks = [None] * len(chosen) if scores is None else [None if math.isnan(s) else float(s) for s in scores]
     return Manifest(
         tuple(
-            ManifestRow(images.name(i), images.sha256(i), images.label(i), score, strategy, seed)
-            for i, score in zip(chosen, marks, strict=True)
+            ManifestRow(images.name(i), images.sha256(i), images.label(i), score, name, seed)
+            for i, name, score in zip(chosen, strategy, marks, strict=True)
         )
     )
+
+
+def find_images(images: ImageSet, rows: Sequence[ManifestRow]) -> list[int]:
+    """Where the images of a manifest stand in their set; an image may come several times.
+
+    Raises:
+        DataError: one is not there, or its hash is another.
+    """
+    wanted = {row.path: row.sha256 for row in rows}
+    found = {name: i for i in range(len(images)) if (name := images.name(i)) in wanted}
+    for name, digest in wanted.items():
+        if name not in found or images.sha256(found[name]) != digest:
+            problem = "is not there" if name not in found else "has changed (its hash is not the manifest's)"
+            raise DataError(name, f"this calibration image {problem}", "give the manifest's images with data.root=…")
+    return [found[row.path] for row in rows]
 
 
 def manifest_csv(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 """The pipeline: the order of the stages, from a recipe to a run folder."""
 
+from calibquant.pipeline.choosing import Judged, judge, select
 from calibquant.pipeline.dry_run import DryRun, dry_run
 from calibquant.pipeline.measuring import evaluate_float, evaluate_run, run_recipe
 from calibquant.pipeline.preparing import Prepared, prepare
@@ -8,6 +9,6 @@ from calibquant.pipeline.reporting import Reporter
 from calibquant.pipeline.training import TrainedRun, resume_training, train
 
 __all__ = [
-    "DryRun", "Prepared", "Reporter", "Run", "TrainedRun", "dry_run", "evaluate_float", "evaluate_run", "prepare",
-    "quantize", "resume", "resume_training", "run_recipe", "train",
+    "DryRun", "Judged", "Prepared", "Reporter", "Run", "TrainedRun", "dry_run", "evaluate_float", "evaluate_run",
+    "judge", "prepare", "quantize", "resume", "resume_training", "run_recipe", "select", "train",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,14 +16,13 @@ from calibquant.data import (
     ImageSet,
     Manifest,
     batches,
-    check_calibration_set,
-    draw,
-    make_manifest,
     open_images,
 )
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
+from calibquant.pipeline.reporting import Reporter, Silent, note
+from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
 
@@ -102,40 +102,54 @@ def prepare(
     network: nn.Module | None = None,
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    reporter: Reporter | None = None,
+    known: Manifest | None = None,
 ) -> Prepared:
-    """Open images and network, capture it, fold BatchNorm, and check that it still computes the same.
+    """Open images and network, capture it, fold BatchNorm, check that it still computes the same, and choose images.
 
     Args:
         recipe: where network and images come from, and which images calibrate.
         network, calibration, evaluation: live ones instead; see `quantize`.
-        tell: hears how the file of weights was read, if that is not plain.
+        reporter: hears how the file of weights was read, if that is not plain, and of the choice of images.
+        known: the images that were chosen before, for a run that goes on.
 
     Raises:
         CalibQuantError: something about the recipe, network or images.
     """
+    if calibration is None:
+        calibration = open_calibration(recipe)
+        evaluation = open_set(recipe, "evaluation") if evaluation is None else evaluation
+    prepared, candidates = open_candidates(recipe, network, calibration, reporter)
+    chosen = candidates.choose(known)
+    images = candidates.images.subset(chosen.indices)
+    return replace(prepared, images=images, manifest=chosen.manifest, evaluation=evaluation)
+
+
+def open_candidates(
+    recipe: Recipe, network: nn.Module | None = None, images: ImageSet | None = None, reporter: Reporter | None = None
+) -> tuple[Prepared, Candidates]:
+    """The float network with all images of the calibration set, of which none is chosen yet, and the candidates.
+
+    Args:
+        recipe, network, reporter: as `prepare` takes them.
+        images: live ones in place of the recipe's calibration set.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images.
+    """
+    reporter = reporter or Silent()
     if network is None:
-        network = build(recipe, tell)
+        network = build(recipe, partial(note, reporter))
     else:
         _check_finite(network)
         network = copy.deepcopy(network).to("cpu", torch.float32).eval()
-    if calibration is None:
-        calibration = open_calibration(recipe)
-        evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
-    check_calibration_set(min(recipe.calibration.count, len(calibration)))
-    indices = draw(len(calibration), recipe.calibration.count, recipe.calibration.order, recipe.seed)
-    if calibration.on_error == "skip":  # the manifest lists what calibrates, so unreadable images are found now
-        readable = batches(calibration, recipe.calibration.batch_size, indices)
-        indices = [i for batch in readable for i in batch.indices]
-        check_calibration_set(len(indices))
-    manifest = make_manifest(calibration, indices, recipe.calibration.order, recipe.seed)
-    chosen = calibration.subset(indices)
-    example = next(batches(chosen, 3, range(min(3, len(chosen))))).images
-    submodule = recipe.model.submodule
+    images = open_calibration(recipe) if images is None else images
+    indices, submodule = candidates_of(recipe, images), recipe.model.submodule
+    example = next(batches(images, 3, indices)).images
     teacher = fold_batch_norm(capture(network, example, submodule))
-    prepared = Prepared(network, teacher, submodule, chosen, manifest, evaluation)
+    prepared = Prepared(network, teacher, submodule, images, Manifest(()), None)
     _check_teacher(prepared, example)
-    return prepared
+    return prepared, Candidates(recipe, images, indices, teacher, prepared.mount, reporter)
 
 
 def _check_teacher(prepared: Prepared, example: Tensor) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from calibquant.data import ImageSet, Manifest, batches
-from calibquant.data.manifest import read_manifest
-from calibquant.errors import CalibQuantError, DataError, RunFolderError
+from calibquant.data import ImageSet, Manifest, batches, find_images, read_manifest
+from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.export.parity import CHUNK, IMAGES
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.ops import op_of, weight_of
@@ -111,13 +110,7 @@ def _host(recipe: Recipe) -> tuple[nn.Module | None, str]:
 
 def _images(recipe: Recipe, manifest: Manifest, count: int) -> ImageSet:
     images = open_calibration(recipe)
-    wanted = {row.path: row.sha256 for row in manifest.rows[:count]}
-    found = {name: i for i in range(len(images)) if (name := images.name(i)) in wanted}
-    for name, digest in wanted.items():
-        if name not in found or images.sha256(found[name]) != digest:
-            problem = "is not there" if name not in found else "has changed (its hash is not the manifest's)"
-            raise DataError(name, f"this calibration image {problem}", "give the run's images with data.root=…")
-    return images.subset([found[name] for name in wanted])
+    return images.subset(find_images(images, manifest.rows[:count]))
 
 
 def _random(

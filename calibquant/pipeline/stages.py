@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.data import ImageSet, manifest_csv
+from calibquant.data import ImageSet, manifest_csv, read_manifest
 from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import resolve_device
@@ -37,6 +37,7 @@ from calibquant.reconstruction import (
 )  # fmt: skip
 from calibquant.runfolder import RunFolder
 
+CHOSEN = "checkpoint-manifest.csv"  # calibration images, for a run that goes on
 MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
 PLANNED = "checkpoint-planned.json"  # iterations that fit the time, for a run that goes on
 STEPS = (
@@ -143,7 +144,10 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
     """
     device = resolve_device(recipe.device)
     with steps.begin("prepare", "Open the network and the images"):
-        prepared = prepare(recipe, *live, tell=partial(note, steps.reporter))
+        known = read_manifest(folder.path / CHOSEN) if folder and (folder.path / CHOSEN).is_file() else None
+        prepared = prepare(recipe, *live, steps.reporter, known)
+        if folder and known is None:
+            folder.write(CHOSEN, manifest_csv(prepared.manifest))
         _check_entries(recipe, prepared)
         check_corrections(recipe, prepared)
     quant = recipe.quant

@@ -107,13 +107,21 @@ class DataRecipe(Section):
 
 
 class CalibrationRecipe(Section):
-    """How many images calibrate, which, and how they pass through the float network."""
+    """Which images calibrate, and how they pass through the float network."""
 
     count: int = Field(default=1024, ge=1, description="calibration images")
     range_count: int | None = Field(
         default=None, ge=1, description="of these, how many set the activation ranges; none means all"
     )
-    order: Literal["random", "first"] = Field(default="random", description="a seeded draw, or the first `count`")
+    strategy: str = Field(
+        default="random",
+        description="which images: random, first, class-balanced, herding, … (calibquant select --help), or several "
+        "with shares, e.g. herding=0.75,tail=0.25",
+    )
+    pool: int | None = Field(default=None, ge=2, description="choose among so many, drawn at random; none: among all")
+    manifest: Path | None = Field(
+        default=None, description="CSV of calibquant select or of a run: these images, hashes checked; count is unused"
+    )
     batch_size: int = Field(default=64, ge=1, description="images in one forward pass while observing")
     augment: bool = Field(default=False, description="change each calibration image once, as data.augment says")
 

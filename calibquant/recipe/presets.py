@@ -20,7 +20,7 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 # QDrop's released code, which CaPTQ's follows; see docs/methods.md, "Presets".
 _QDROP_CODE: dict[str, Any] = {
-    "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "order": "first"},
+    "calibration": {"count": 1024, "range_count": 256, "batch_size": 256, "strategy": "first"},
     "quant": {
         "placement": "academic",
         "boundary": "qdrop",
@@ -31,7 +31,7 @@ _QDROP_CODE: dict[str, Any] = {
 }
 # BRECQ's released code.
 _BRECQ_CODE: dict[str, Any] = {
-    "calibration": {"count": 1024, "range_count": 64, "batch_size": 64, "order": "first"},
+    "calibration": {"count": 1024, "range_count": 64, "batch_size": 64, "strategy": "first"},
     "quant": {
         "placement": "academic",
         "boundary": "brecq",

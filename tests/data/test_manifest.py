@@ -1,10 +1,10 @@
-"""Drawing calibration images and the manifest that records them."""
+"""The manifest that records calibration images."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +13,7 @@ from calibquant.data import (
     ManifestRow,
     TensorImages,
     check_calibration_set,
-    draw,
+    find_images,
     make_manifest,
     manifest_csv,
     read_manifest,
@@ -22,39 +22,6 @@ from calibquant.errors import DataError
 
 DIGEST = "0123456789abcdef" * 4
 HEADER = "path,sha256,label,score,strategy,seed\n"
-
-
-@pytest.mark.parametrize(("available", "count"), [(10, 10), (1000, 7), (5, 0), (50_000, 1024)])
-def test_random_draw_is_seeded_and_without_replacement(available: int, count: int) -> None:
-    drawn = draw(available, count, "random", seed=3)
-    assert len(drawn) == len(set(drawn)) == count
-    assert all(0 <= i < available for i in drawn)
-    assert drawn == draw(available, count, "random", seed=3)
-    if 1 < count < available:
-        assert drawn != draw(available, count, "random", seed=4)
-        assert drawn != sorted(drawn)
-
-
-def test_a_longer_draw_begins_with_the_shorter() -> None:
-    assert draw(100, 20, "random", seed=1)[:5] == draw(100, 5, "random", seed=1)
-
-
-def test_draw_reaches_every_image_equally() -> None:
-    counts = np.zeros(10)
-    for seed in range(2000):
-        counts[draw(10, 3, "random", seed)] += 1
-    # Each image is drawn with p = 0.3: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5.
-    assert np.abs(counts - 600).max() < 5 * 20.5
-
-
-def test_first_takes_the_first() -> None:
-    assert draw(10, 4, "first", seed=99) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("order", ["random", "first"])
-def test_drawing_too_many_states_both_numbers(order: str) -> None:
-    with pytest.raises(DataError, match="1024 images are asked for but the set has 650"):
-        draw(650, 1024, order, seed=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("n", "message"), [(0, "is empty"), (1, "is a single image")])
@@ -66,14 +33,24 @@ def test_too_few_calibration_images(n: int, message: str) -> None:
 
 def test_manifest_of_a_set() -> None:
     images = TensorImages(torch.rand(4, 3, 2, 2), [5, -1, 7, 8])
-    manifest = make_manifest(images, [2, 1], "herding", 9, scores=[0.1, 1 / 3])
+    manifest = make_manifest(images, [2, 1], ["hard", "herding"], 9, scores=[1 / 3, math.nan])
     assert manifest.rows == (
-        ManifestRow("tensor#2", images.sha256(2), 7, 0.1, "herding", 9),
-        ManifestRow("tensor#1", images.sha256(1), None, 1 / 3, "herding", 9),
+        ManifestRow("tensor#2", images.sha256(2), 7, 1 / 3, "hard", 9),
+        ManifestRow("tensor#1", images.sha256(1), None, None, "herding", 9),
     )
-    assert make_manifest(images, [0], "random", 1).rows[0].score is None
+    assert make_manifest(images, [0], ["random"], 1).rows[0].score is None
     with pytest.raises(DataError, match="indices: 4 is outside"):
-        make_manifest(images, [4], "random", 1)
+        make_manifest(images, [4], ["random"], 1)
+
+
+def test_the_images_of_a_manifest_are_found_again_and_checked() -> None:
+    images = TensorImages(torch.rand(4, 3, 2, 2))
+    rows = make_manifest(images, [3, 0, 3], ["random"] * 3, 1).rows
+    assert find_images(images, rows) == [3, 0, 3]
+    with pytest.raises(DataError, match=r"tensor#3: this calibration image has changed .*; give the manifest's images"):
+        find_images(TensorImages(torch.rand(4, 3, 2, 2)), rows)
+    with pytest.raises(DataError, match="tensor#3: this calibration image is not there"):
+        find_images(images.subset([0, 1]), rows[:1])
 
 
 def test_csv_text_is_as_documented() -> None:
