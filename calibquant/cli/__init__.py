@@ -18,6 +18,7 @@ from calibquant.cli.judge import judge
 from calibquant.cli.quantize import quantize
 from calibquant.cli.recipes import recipes
 from calibquant.cli.select import select
+from calibquant.cli.study import study
 from calibquant.cli.train import train
 from calibquant.errors import CalibQuantError
 
@@ -29,7 +30,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, select, judge, quantize, evaluate, inspect, analyze, compare, export, bench, recipes):
+for command in (
+    demo,
+    train,
+    select,
+    judge,
+    quantize,
+    evaluate,
+    inspect,
+    analyze,
+    compare,
+    study,
+    export,
+    bench,
+    recipes,
+):
     app.command()(command)
 
 

@@ -78,7 +78,7 @@ class Candidates:
         if known is not None:
             return Chosen(find_images(self.images, known.rows), known)
         pool, seed = self.pool(needs_of(settings.strategy)), self.recipe.seed
-        choice = select(pool, settings.count, settings.strategy, seed, partial(self._trial, pool))
+        choice = select(pool, settings.count, settings.strategy, seed, partial(self.trial, pool))
         indices, names, scores = [int(pool.indices[row]) for row in choice.rows], choice.strategies, choice.scores
         if self.images.on_error == "skip":  # the manifest lists what calibrates, so unreadable images are found now
             readable = {i for batch in batches(self.images, settings.batch_size, indices) for i in batch.indices}
@@ -104,7 +104,7 @@ class Candidates:
             self.recipe.calibration.batch_size, device, self.reporter.progress,
         )  # fmt: skip
 
-    def _trial(self, pool: Pool, rows: Sequence[int], judging: Sequence[int]) -> float:
+    def trial(self, pool: Pool, rows: Sequence[int], judging: Sequence[int]) -> float:
         """The KL that the quantized network has on some candidates when others calibrate it.
 
         Roundings are those of Gram matrices, which follow the images as reconstruction does and take seconds.

@@ -1,0 +1,174 @@
+"""Running a selection study: manifests first, then a run for each cell; what is on disk is taken."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from calibquant.data import ImageSet, find_images, make_manifest, manifest_csv, read_manifest
+from calibquant.data.augment import black_of
+from calibquant.parallel import set_threads
+from calibquant.pipeline import Reporter, quantize
+from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
+from calibquant.pipeline.reporting import Silent
+from calibquant.pipeline.selecting import Candidates, candidates_of
+from calibquant.runfolder import RunFolder, make_folder, write_atomic
+from calibquant.selection import Pool, needs_of, select
+from calibquant.studies.selection.page import figure_png, page
+from calibquant.studies.selection.planning import Cell, SelectionStudy
+from calibquant.studies.selection.shifting import shifted_candidates
+from calibquant.studies.selection.summary import summary
+
+RESULT, PAGE, FIGURE = "selection.json", "selection.md", "selection.png"
+
+
+@dataclass(frozen=True)
+class SelectionResult:
+    """A study as far as it is done.
+
+    Args:
+        folder: holds selection.json, selection.md, selection.png, the manifests and a file for each cell.
+        result: the content of selection.json.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> SelectionResult:
+    """Quantize with what each strategy chooses, and test the differences, paired by draw and seed.
+
+    Every cell leaves a file below `study.out`, so that the same call goes on with a study that was stopped. Several
+    processes may work at one study at a time: each takes cells that no other has.
+
+    Raises:
+        CalibQuantError: something about the recipe, network or images. What is done stays.
+    """
+    reporter = reporter or Silent()
+    evaluation = open_set(study.recipe, "evaluation")
+    set_threads(study.recipe.threads)
+    for name in ("manifests", "cells"):
+        make_folder(study.out / name)
+    cells, draw = study.cells, _Draw(study, study.draws[0], reporter)
+    for number, cell in enumerate(cells, start=1):
+        if cell.draw != draw.number:
+            draw = _Draw(study, cell.draw, reporter)
+        with _claimed(study.out / "cells" / f".{cell.name}.lock") as ours:
+            if not ours or _path(study, cell).is_file():
+                continue
+            reporter.step(number, len(cells), f"{cell.setting} {cell.strategy}, {cell.size} images, "
+                          f"draw {cell.draw}, seed {cell.seed}")  # fmt: skip
+            found = _run(study, cell, draw.chosen(cell), evaluation, reporter)
+            write_atomic(_path(study, cell), json.dumps(found, indent=1).encode())
+            write_summary(study)
+    return SelectionResult(study.out, write_summary(study))
+
+
+def write_summary(study: SelectionStudy) -> dict[str, Any]:
+    """Write selection.json, its page and its figure from the cells that are done; returns the first's content."""
+    done = [json.loads(_path(study, c).read_bytes()) for c in study.cells if _path(study, c).is_file()]
+    result, folder = summary(study, done), RunFolder(study.out)
+    folder.write_json(RESULT, result)
+    folder.write(PAGE, page(result))
+    folder.write(FIGURE, figure_png(result))
+    return result
+
+
+def _path(study: SelectionStudy, cell: Cell) -> Path:
+    return study.out / "cells" / f"{cell.name}.json"
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether a cell is this process's for the time being; a lock of a process that died is free again."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        path.unlink(missing_ok=True)
+
+
+class _Draw:
+    """The candidates of one draw, which all strategies share; the float network looks at them at most once."""
+
+    def __init__(self, study: SelectionStudy, number: int, reporter: Reporter) -> None:
+        self.study, self.number, self.reporter = study, number, reporter
+
+    def chosen(self, cell: Cell) -> ImageSet:
+        """The images that a strategy chooses; from its manifest, if there is one already."""
+        path = self.study.out / "manifests" / f"{self.study.shift}-{cell.chosen}.csv"
+        images = self._images[0]
+        if path.is_file():
+            return images.subset(find_images(images, read_manifest(path).rows))
+        pool = self._pool if needs_of(cell.strategy) != "nothing" else self._plain
+        choice = select(pool, cell.size, cell.strategy, cell.draw, self._trial(pool))
+        indices = [int(pool.indices[row]) for row in choice.rows]
+        manifest = make_manifest(images, indices, choice.strategies, cell.draw, choice.scores)
+        write_atomic(path, manifest_csv(manifest).encode())
+        return images.subset(indices)
+
+    @cached_property
+    def _images(self) -> tuple[ImageSet, list[int]]:
+        recipe = self.study.recipe.model_copy(update={"seed": self.number})
+        images = open_calibration(recipe)
+        settings = learned_preprocess(recipe)
+        black = black_of(settings, images.image(0).shape[0])
+        return shifted_candidates(images, candidates_of(recipe, images), self.study.shift, self.number, black)
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        recipe = self.study.recipe.model_copy(update={"seed": self.number})
+        images, indices = self._images
+        _, found = open_candidates(recipe, None, images, self.reporter)
+        return Candidates(recipe, images, indices, found.teacher, found.mount, self.reporter)
+
+    @cached_property
+    def _pool(self) -> Pool:
+        return self._candidates.pool("network")
+
+    @property
+    def _plain(self) -> Pool:
+        return self._candidates.pool("nothing")
+
+    def _trial(self, pool: Pool) -> Callable[..., float]:
+        return lambda rows, judging: self._candidates.trial(pool, rows, judging)
+
+
+def _run(
+    study: SelectionStudy, cell: Cell, images: ImageSet, evaluation: ImageSet, reporter: Reporter
+) -> dict[str, Any]:
+    """What a cell's run gives; its folder is not kept."""
+    run = quantize(study.recipe_of(cell), None, images, evaluation, _Quiet(reporter))
+    shutil.rmtree(run.folder)
+    scores = run.metrics["quantized"]
+    return {
+        "setting": cell.setting, "strategy": cell.strategy, "size": cell.size, "draw": cell.draw, "seed": cell.seed,
+        "float_top1": run.metrics["float"]["top1"], "top1": scores["top1"], "agreement": scores["agreement"],
+        "worst_class": None if scores["worst_class"] is None else scores["worst_class"]["accuracy"],
+        "images": scores["count"], "seconds": run.metrics["seconds"].get("reconstruct", 0.0),
+        "iterations": study.recipe.reconstruct.iterations, "method": study.recipe.reconstruct.method,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Quiet:
+    """Passes a run's progress on, but neither its steps nor its notes: the study counts cells."""
+
+    reporter: Reporter
+
+    def step(self, number: int, total: int, title: str) -> None: ...
+
+    def progress(self, done: int, total: int, where: str = "") -> None:
+        self.reporter.progress(done, total, where)
+
+    def note(self, text: str) -> None: ...
