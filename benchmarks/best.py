@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/best.py --data DATA [--studies NAME …] [--seeds 1005 …]
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
-(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `mechanisms` (W2A2, one mechanism after another), `large`
+(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `time` (plain `qdrop`, for its seconds beside
+QDrop's code), `mechanisms` (W2A2, one mechanism after another), `large`
 (at W4A4, `best` in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
 `integer` (the integer placement at W4A4, and its deploy.onnx). A cell is a run; what was done is kept below --runs, so
 that the same command goes on. --trained is the run of
@@ -62,6 +63,7 @@ ALONE = ("reconstruct.network.iterations=500", "reconstruct.network.features=0",
          "reconstruct.network.temperature=1")  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "qdrop": ("preset=qdrop", "reconstruct.iterations=2000"),
+    "qdrop, bfloat16": ("preset=qdrop", "reconstruct.iterations=2000", "reconstruct.precision=auto"),
     "fast": ("preset=fast",),
     "best": ("preset=best",),
     "qdrop, 500 iterations": ("preset=qdrop", SHORT),
@@ -79,6 +81,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
     "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
+    "time": (("ResNet-20",), ("W4A4", "W2A2"), ("qdrop", "qdrop, bfloat16")),
     "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
     "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
     "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
