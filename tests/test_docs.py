@@ -36,6 +36,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_tables_of_the_readme_are_those_of_the_results(tmp_path: Path) -> None:
+    _run([str(ROOT / "benchmarks" / "readme.py"), "--check"], tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_are_valid_recipes(path: Path) -> None:
     recipe = load_recipe(path)
