@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from calibquant.reconstruction.learnables import restore_state, start_learning, 
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
+BACK = 0.3  # what the rates are multiplied by when a look finds no progress
 
 
 def whole_network(graph: fx.Graph) -> Unit:
@@ -48,8 +49,9 @@ def learn_network(
     The loss is KL(float || quantized) of the outputs as probabilities (the relative squared error, if the output is no
     vector), plus `network.features` times the mean over the units of the relative squared error of what they give. The
     roundings are decided in every forward pass, so the network that is judged is the one that runs. With `never_worse`
-    and at least 64 images, every eighth is held out; the state with the least output loss on these is kept, which may
-    be the first.
+    and at least 64 images, every eighth is held out and looked at LOOKS times. A look that finds no progress goes back
+    to the best state, and on with BACK times the rates: large networks and higher bits need gentler ones, which so
+    need no setting. The best state is kept, which may be the first.
 
     Args:
         model: calibrated, on `device`; its quantizers and biases receive the result.
@@ -70,17 +72,23 @@ def learn_network(
     judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
     saved = best = state_of(model)
     before = after = stage.judge(judging)
+    every = max(1, phase.iterations // LOOKS)
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
             torch.manual_seed(seed)
-            for step, loss in enumerate(stage.learn(learning, phase), start=1):
+            steps = _Steps(stage, learning, phase)
+            for step in range(1, phase.iterations + 1):
+                loss = steps.take()
                 if progress:
                     progress(step, phase.iterations, f"loss {float(loss):.3g}")
-                if step == phase.iterations or (held_out and step % max(1, phase.iterations // LOOKS) == 0):
+                if step == phase.iterations or (held_out and step % every == 0):
                     reached = stage.judge(judging)
                     if reached < after if held_out else math.isfinite(reached):
                         best, after = state_of(model), reached
+                        steps.keep()
+                    else:
+                        steps.go_back()
     except BaseException:
         best = saved
         raise
@@ -100,45 +108,21 @@ class _Stage:
     device: torch.device | str
     unit: Unit
 
-    def learn(self, rows: Tensor, phase: Phase) -> Iterator[Tensor]:
-        """Optimize on some images; gives the loss after each step, with what was learned in place."""
-        settings, nodes = self.recipe.network, self.unit.nodes
-        at_once = images_at_once(self.images.shape, settings.batch_size, self.device)
-        some = self._take(rows[:at_once])
-        learned = start_learning(self.model, phase.rates, some, decided=True)
-        optimizer = torch.optim.Adam([*learned.rounding_groups, *learned.other_groups])
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
-        )
-        names = self._watched()
-        student, teacher = self.model.part(nodes, names), subgraph(self.model.teacher, nodes, names)
-        with torch.no_grad():
-            sizes = [float(value.square().mean()) for value in _outputs(teacher, some)]
-        for batch in epochs(len(rows), settings.batch_size, phase.iterations):
-            optimizer.zero_grad()
-            total = torch.zeros(())
-            for part in rows[batch].split(at_once):
-                loss = self._loss(student, teacher, self._changed(part), sizes) * (len(part) / len(batch))
-                loss.backward()
-                total += loss.detach().cpu()
-            optimizer.step()
-            schedule.step()
-            yield total
-
     def judge(self, rows: Tensor) -> float:
         """Loss of the output on some images as they are, per image."""
         total = 0.0
         with torch.no_grad():
             for some in rows.split(images_at_once(self.images.shape, 64, self.device)):
-                x = self._take(some)
+                x = self.take(some)
                 total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
         return total / len(rows)
 
-    def _loss(self, student: nn.Module, teacher: nn.Module, x: Tensor, sizes: Sequence[float]) -> Tensor:
+    def loss(self, student: nn.Module, teacher: nn.Module, x: Tensor, sizes: Sequence[float]) -> Tensor:
+        """What is minimized, on some images; `sizes` are the mean squares of what the teacher gives."""
         with reduced_precision(self.device, self.recipe.precision):
             with torch.no_grad():
-                wanted = _outputs(teacher, x)
-            got = _outputs(student, self._entering(x))
+                wanted = outputs_of(teacher, x)
+            got = outputs_of(student, self._entering(x))
         loss = output_loss(got[-1].float(), wanted[-1].float(), self.recipe.network.temperature)
         errors = [
             (a.float() - b.float()).square().mean() / max(size, 1e-12)
@@ -146,7 +130,7 @@ class _Stage:
         ]
         return loss + self.recipe.network.features * torch.stack(errors).mean() if errors else loss
 
-    def _watched(self) -> list[str]:
+    def watched(self) -> list[str]:
         """The nodes whose values the loss compares; the network's output is the last."""
         blocks = units(self.model.teacher.graph, "block") if self.recipe.network.features else []
         return [*dict.fromkeys(u.output for u in blocks if u.output != self.unit.output), self.unit.output]
@@ -156,12 +140,63 @@ class _Stage:
         quantizer = self.model.activation_quantizers.get(self.unit.input)
         return x if quantizer is None else quantizer(x)
 
-    def _take(self, rows: Tensor) -> Tensor:
+    def take(self, rows: Tensor) -> Tensor:
+        """Some images."""
         return take(self.images, rows, self.device)
 
-    def _changed(self, rows: Tensor) -> Tensor:
-        x = self._take(rows)
+    def changed(self, rows: Tensor) -> Tensor:
+        """Some images, changed at random if the recipe asks for it."""
+        x = self.take(rows)
         return augmented(x) if self.recipe.network.augment and x.dim() == 4 else x
+
+
+class _Steps:
+    """The optimization, step by step; what is learned is in place."""
+
+    def __init__(self, stage: _Stage, rows: Tensor, phase: Phase) -> None:
+        settings, nodes = stage.recipe.network, stage.unit.nodes
+        self.stage, self.rows = stage, rows
+        self.at_once = images_at_once(stage.images.shape, settings.batch_size, stage.device)
+        some = stage.take(rows[: self.at_once])
+        learned = start_learning(stage.model, phase.rates, some, decided=True)
+        self.optimizer = torch.optim.Adam([*learned.rounding_groups, *learned.other_groups])
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
+        )
+        names = stage.watched()
+        self.student, self.teacher = stage.model.part(nodes, names), subgraph(stage.model.teacher, nodes, names)
+        with torch.no_grad():
+            self.sizes = [float(value.square().mean()) for value in outputs_of(self.teacher, some)]
+        self.batches = epochs(len(rows), settings.batch_size, phase.iterations)
+        self.keep()
+
+    def take(self) -> Tensor:
+        """One step; its loss."""
+        self.optimizer.zero_grad()
+        batch, total = next(self.batches), torch.zeros(())
+        for part in self.rows[batch].split(self.at_once):
+            loss = self.stage.loss(self.student, self.teacher, self.stage.changed(part), self.sizes)
+            loss = loss * (len(part) / len(batch))
+            loss.backward()
+            total += loss.detach().cpu()
+        self.optimizer.step()
+        self.schedule.step()
+        return total
+
+    def keep(self) -> None:
+        """Remember where everything is."""
+        self.kept = [p.detach().clone() for p in self._parameters()]
+
+    def go_back(self) -> None:
+        """Everything is where it was remembered, and moves more gently from now on."""
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters(), self.kept, strict=True):
+                parameter.copy_(kept)
+        self.optimizer.state.clear()
+        self.schedule.base_lrs = [BACK * rate for rate in self.schedule.base_lrs]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def output_loss(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
@@ -181,6 +216,6 @@ def rate_at(share: float, rise: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) * (min(1.0, share / rise) if rise else 1.0)
 
 
-def _outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def outputs_of(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     values = module(x)
     return values if isinstance(values, tuple) else (values,)

@@ -1,5 +1,5 @@
-"""Choosing a subset step by step. All functions work on rows of arrays, go on from rows already taken, and never take a
-row twice; ties go to the first row.
+"""Choosing a subset step by step. All functions work on rows of arrays, go on from rows already taken, and take no row
+twice unless they are told to; ties go to the first row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ MISS = 0.05  # by which stochastic greedy falls short of greedy in expectation, 
 
 
 def match_mean(
-    features: Floats, count: int, taken: Sequence[int] = (), sweeps: int = 0, target: Floats | None = None
+    features: Floats,
+    count: int,
+    taken: Sequence[int] = (),
+    sweeps: int = 0,
+    target: Floats | None = None,
+    repeat: bool = False,
 ) -> list[int]:
     """Rows whose mean comes close to a target.
 
@@ -31,6 +36,7 @@ def match_mean(
         taken: rows that are in the set already and stay.
         sweeps: passes of exchanges.
         target: (d,); None is the mean of all rows.
+        repeat: a row may be taken several times, which weighs it.
 
     Example:
         >>> match_mean(np.array([[0.0], [1.0], [5.0], [2.1]], dtype=np.float32), 1)
@@ -49,7 +55,7 @@ def match_mean(
 
     for size in range(len(taken) + 1, len(taken) + count + 1):
         rows.append(row := best(size))
-        used[row] = True
+        used[row] = not repeat
         total += features[row]
     for _ in range(sweeps):
         before = list(rows)
@@ -57,7 +63,7 @@ def match_mean(
             used[old] = False
             total -= features[old]
             rows[place] = row = best(len(taken) + count)
-            used[row] = True
+            used[row] = not repeat
             total += features[row]
         if rows == before:
             break

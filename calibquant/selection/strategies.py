@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -226,9 +227,9 @@ def _herding(task: Task) -> tuple[list[int], None]:
     return match_mean(kernel_features(seen, task.random), task.count, task.taken), None
 
 
-def _moments(task: Task) -> tuple[list[int], None]:
+def _moments(task: Task, repeat: bool = False) -> tuple[list[int], None]:
     seen = np.concatenate([second_moments(task.pool), class_columns(task.pool.classes)], 1)
-    return match_mean(seen, task.count, task.taken, SWEEPS), None
+    return match_mean(seen, task.count, task.taken, SWEEPS, repeat=repeat), None
 
 
 def _k_center(task: Task) -> tuple[list[int], None]:
@@ -281,6 +282,8 @@ STRATEGIES: dict[str, Strategy] = {
     "facility": Strategy("facility location: every candidate is well represented", "network", _facility),
     "herding": Strategy("kernel herding: the mean embedding of all layers is the pool's", "network", _herding),
     "moments": Strategy("the layers' second moments, and the classes, are the pool's", "network", _moments),
+    "moments-weighted": Strategy("the same, where an image may come several times, which weighs it", "network",
+                                 partial(_moments, repeat=True)),
     "tail": Strategy("every channel's highest peaks are covered", "network", _tail),
     "best-of-random": Strategy(f"of {DRAWS} class-balanced draws the one that quantizes best on held-out candidates",
                                "trial", _best),

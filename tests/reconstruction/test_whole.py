@@ -103,10 +103,29 @@ def test_it_brings_the_network_closer_on_images_held_out(placement: Placement) -
 def test_what_does_not_help_leaves_everything_as_it_was() -> None:
     made = model()
     before = state(made)
-    report = learn(made, schedule(8, rounding_lr=30.0, weight_scale_lr=3.0, scale_lr=3.0, rise=0.0))
+    report = learn(made, schedule(2, rounding_lr=30.0, weight_scale_lr=3.0, scale_lr=3.0, rise=0.0))
     assert not report.kept
     assert report.loss_after == report.loss_before
     assert same(state(made), before)
+
+
+def test_rates_that_are_too_high_are_lowered_until_they_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rates = model(), list[float]()
+    back = whole._Steps.go_back
+
+    def noted(steps: whole._Steps) -> None:
+        kept = [tensor.clone() for tensor in steps.kept]
+        back(steps)
+        rates.append(steps.schedule.base_lrs[0])
+        assert not steps.optimizer.state
+        assert all(torch.equal(a, b) for a, b in zip(steps._parameters(), kept, strict=True))
+
+    monkeypatch.setattr(whole._Steps, "go_back", noted)
+    report = learn(made, schedule(80, rounding_lr=30.0, weight_scale_lr=3.0, scale_lr=3.0, rise=0.0))
+    assert report.kept
+    assert report.loss_after < report.loss_before
+    assert 1 <= len(rates) < whole.LOOKS
+    assert rates == pytest.approx([30.0 * whole.BACK**k for k in range(1, len(rates) + 1)])
 
 
 def test_without_images_held_out_the_last_state_is_kept() -> None:

@@ -110,7 +110,7 @@ def test_reach_ranks_peaks_within_the_pool() -> None:
 @pytest.mark.parametrize("batch_size", [1, 20])
 def test_the_batch_size_changes_nothing_but_rounding(batch_size: int) -> None:
     other = scored(batch_size)
-    assert other.squares == pytest.approx(POOL.squares, rel=1e-4)
+    assert other.squares == pytest.approx(POOL.squares, rel=1e-3)
     assert other.peaks == pytest.approx(POOL.peaks, rel=1e-5)
 
 
