@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +21,7 @@ from calibquant.reconstruction.learnables import restore_state, start_learning, 
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
-BACK = 0.3  # what the rates are multiplied by when a look finds no progress
+BACK = 0.3  # what the rates are multiplied by when a look finds the network worse than at the start
 
 
 def whole_network(graph: fx.Graph) -> Unit:
@@ -49,9 +47,10 @@ def learn_network(
     The loss is KL(float || quantized) of the outputs as probabilities (the relative squared error, if the output is no
     vector), plus `network.features` times the mean over the units of the relative squared error of what they give. The
     roundings are decided in every forward pass, so the network that is judged is the one that runs. With `never_worse`
-    and at least 64 images, every eighth is held out and looked at LOOKS times. A look that finds no progress goes back
-    to the best state, and on with BACK times the rates: large networks and higher bits need gentler ones, which so
-    need no setting. The best state is kept, which may be the first.
+    and at least 64 images, every eighth is held out and looked at LOOKS times. A look that finds the network worse than
+    at the start goes back to the best state, and on with BACK times the rates: large networks and higher bits need
+    gentler ones, which so need no setting. The best state is kept, which may be the first. It is judged by the loss
+    that is minimized: KL without a temperature hangs on the few images that are decided otherwise.
 
     Args:
         model: calibrated, on `device`; its quantizers and biases receive the result.
@@ -66,10 +65,10 @@ def learn_network(
     Quantization" (NWQ, NeurIPS 2022), with straight-through instead of annealed roundings.
     """
     begin = time.perf_counter()
-    stage = _Stage(model, images, recipe, device, whole_network(model.teacher.graph))
     rows = torch.arange(len(images))
     held_out = is_judged(recipe, len(rows))
     judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
+    stage = _Stage(model, images, recipe, device, learning)
     saved = best = state_of(model)
     before = after = stage.judge(judging)
     every = max(1, phase.iterations // LOOKS)
@@ -87,7 +86,7 @@ def learn_network(
                     if reached < after if held_out else math.isfinite(reached):
                         best, after = state_of(model), reached
                         steps.keep()
-                    else:
+                    elif reached >= before:
                         steps.go_back()
     except BaseException:
         best = saved
@@ -98,47 +97,21 @@ def learn_network(
     return UnitReport("network", phase.name, before, after, best is not saved, 1.0, time.perf_counter() - begin)
 
 
-@dataclass(frozen=True)
 class _Stage:
-    """The network, seen at the outputs of its units and at its own."""
+    """The network, seen at the outputs of its units and at its own, beside the float network."""
 
-    model: QuantModel
-    images: Tensor
-    recipe: ReconstructRecipe
-    device: torch.device | str
-    unit: Unit
-
-    def judge(self, rows: Tensor) -> float:
-        """Loss of the output on some images as they are, per image."""
-        total = 0.0
-        with torch.no_grad():
-            for some in rows.split(images_at_once(self.images.shape, 64, self.device)):
-                x = self.take(some)
-                total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
-        return total / len(rows)
-
-    def loss(self, student: nn.Module, teacher: nn.Module, x: Tensor, sizes: Sequence[float]) -> Tensor:
-        """What is minimized, on some images; `sizes` are the mean squares of what the teacher gives."""
-        with reduced_precision(self.device, self.recipe.precision):
-            with torch.no_grad():
-                wanted = outputs_of(teacher, x)
-            got = outputs_of(student, self._entering(x))
-        loss = output_loss(got[-1].float(), wanted[-1].float(), self.recipe.network.temperature)
-        errors = [
-            (a.float() - b.float()).square().mean() / max(size, 1e-12)
-            for a, b, size in zip(got[:-1], wanted[:-1], sizes[:-1], strict=True)
-        ]
-        return loss + self.recipe.network.features * torch.stack(errors).mean() if errors else loss
-
-    def watched(self) -> list[str]:
-        """The nodes whose values the loss compares; the network's output is the last."""
-        blocks = units(self.model.teacher.graph, "block") if self.recipe.network.features else []
-        return [*dict.fromkeys(u.output for u in blocks if u.output != self.unit.output), self.unit.output]
-
-    def _entering(self, x: Tensor) -> Tensor:
-        """The images as they enter the quantized network."""
-        quantizer = self.model.activation_quantizers.get(self.unit.input)
-        return x if quantizer is None else quantizer(x)
+    def __init__(
+        self, model: QuantModel, images: Tensor, recipe: ReconstructRecipe, device: torch.device | str, some: Tensor
+    ) -> None:
+        self.model, self.images, self.recipe, self.device = model, images, recipe, device
+        self.unit = whole_network(model.teacher.graph)
+        self.at_once = images_at_once(images.shape, recipe.network.batch_size, device)
+        blocks = units(model.teacher.graph, "block") if recipe.network.features else []
+        names = [*dict.fromkeys(u.output for u in blocks if u.output != self.unit.output), self.unit.output]
+        self.student = model.part(self.unit.nodes, names)
+        self.teacher = subgraph(model.teacher, self.unit.nodes, names)
+        with torch.no_grad():  # what errors are relative to
+            self.sizes = [float(v.square().mean()) for v in _outputs(self.teacher, self.take(some[: self.at_once]))]
 
     def take(self, rows: Tensor) -> Tensor:
         """Some images."""
@@ -149,24 +122,45 @@ class _Stage:
         x = self.take(rows)
         return augmented(x) if self.recipe.network.augment and x.dim() == 4 else x
 
+    def loss(self, x: Tensor, precision: str) -> Tensor:
+        """What is minimized, on some images."""
+        settings = self.recipe.network
+        with reduced_precision(self.device, precision):
+            with torch.no_grad():
+                wanted = _outputs(self.teacher, x)
+            got = _outputs(self.student, self._entering(x))
+        loss = output_loss(got[-1].float(), wanted[-1].float(), settings.temperature)
+        errors = [
+            (a.float() - b.float()).square().mean() / max(size, 1e-12)
+            for a, b, size in zip(got[:-1], wanted[:-1], self.sizes[:-1], strict=True)
+        ]
+        return loss + settings.features * torch.stack(errors).mean() if errors else loss
+
+    def judge(self, rows: Tensor) -> float:
+        """The loss on some images as they are, per image; in float32, as the network runs."""
+        total = 0.0
+        with torch.no_grad():
+            for some in rows.split(self.at_once):
+                total += float(self.loss(self.take(some), "float32")) * len(some)
+        return total / len(rows)
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """The images as they enter the quantized network."""
+        quantizer = self.model.activation_quantizers.get(self.unit.input)
+        return x if quantizer is None else quantizer(x)
+
 
 class _Steps:
     """The optimization, step by step; what is learned is in place."""
 
     def __init__(self, stage: _Stage, rows: Tensor, phase: Phase) -> None:
-        settings, nodes = stage.recipe.network, stage.unit.nodes
+        settings = stage.recipe.network
         self.stage, self.rows = stage, rows
-        self.at_once = images_at_once(stage.images.shape, settings.batch_size, stage.device)
-        some = stage.take(rows[: self.at_once])
-        learned = start_learning(stage.model, phase.rates, some, decided=True)
+        learned = start_learning(stage.model, phase.rates, stage.take(rows[: stage.at_once]), decided=True)
         self.optimizer = torch.optim.Adam([*learned.rounding_groups, *learned.other_groups])
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
         )
-        names = stage.watched()
-        self.student, self.teacher = stage.model.part(nodes, names), subgraph(stage.model.teacher, nodes, names)
-        with torch.no_grad():
-            self.sizes = [float(value.square().mean()) for value in outputs_of(self.teacher, some)]
         self.batches = epochs(len(rows), settings.batch_size, phase.iterations)
         self.keep()
 
@@ -174,9 +168,8 @@ class _Steps:
         """One step; its loss."""
         self.optimizer.zero_grad()
         batch, total = next(self.batches), torch.zeros(())
-        for part in self.rows[batch].split(self.at_once):
-            loss = self.stage.loss(self.student, self.teacher, self.stage.changed(part), self.sizes)
-            loss = loss * (len(part) / len(batch))
+        for part in self.rows[batch].split(self.stage.at_once):
+            loss = self.stage.loss(self.stage.changed(part), self.stage.recipe.precision) * (len(part) / len(batch))
             loss.backward()
             total += loss.detach().cpu()
         self.optimizer.step()
@@ -192,7 +185,6 @@ class _Steps:
         with torch.no_grad():
             for parameter, kept in zip(self._parameters(), self.kept, strict=True):
                 parameter.copy_(kept)
-        self.optimizer.state.clear()
         self.schedule.base_lrs = [BACK * rate for rate in self.schedule.base_lrs]
 
     def _parameters(self) -> list[Tensor]:
@@ -216,6 +208,6 @@ def rate_at(share: float, rise: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) * (min(1.0, share / rise) if rise else 1.0)
 
 
-def outputs_of(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def _outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     values = module(x)
     return values if isinstance(values, tuple) else (values,)
