@@ -277,7 +277,7 @@ class ReconstructRecipe(Section):
     )
     iterations: int = Field(default=2000, ge=1, description="optimization steps a unit")
     time: Seconds | None = Field(
-        default=None, description="as many iterations as fit, in these proportions: seconds, or such as 90s, 20m, 1.5h"
+        default=None, description="as many iterations as fit: seconds, or such as 90s, 20m, 1.5h"
     )
     batch_size: int = Field(default=32, ge=1, description="images a step")
     sampling: Sampling = Field(

@@ -18,14 +18,17 @@ from calibquant.reconstruction.network import reconstruct
 SHORT, LONG = 1, 4  # iterations of the two trials; their difference is free of what does not repeat
 LEAST = 1e-6  # seconds of an iteration, where two trials of a tiny network differ by less than the clock tells
 SPARE = 0.95  # of the time is planned for, since machines are not always equally fast
+FIRST = 2 / 3  # of a time too short for all goes to the units, which the network's stage builds on
 
 
 def within_time(
     model: QuantModel, images: Tensor, recipe: ReconstructRecipe, seed: int, device: torch.device | str = "cpu"
 ) -> ReconstructRecipe:
-    """A recipe whose iterations, in the same proportions, take `recipe.time` seconds on this machine.
+    """A recipe whose iterations take `recipe.time` seconds on this machine.
 
-    Two short reconstructions of one batch are timed; the model is left as it was.
+    In the recipe's proportions, but where its iterations do not all fit, the units get at least FIRST of the time: in a
+    large network a step of the whole costs as much as many of all units. Two short reconstructions of one batch are
+    timed; the model is left as it was.
 
     Args:
         model: calibrated, on `device`.
@@ -54,7 +57,10 @@ def within_time(
         raise RecipeError(
             "recipe, reconstruct.time", f"{recipe.time:.0f} s are not enough here", f"give at least {need:.0f}s"
         )
-    return _scaled(recipe, left / asked)
+    last = steps.get("network", 0.0) * _iterations(recipe, "network")
+    first = asked - last
+    units = first * left / asked if left >= asked else min(first, max(FIRST, first / asked) * left)
+    return _scaled(recipe, units / first, (left - units) / last if last else 0.0)
 
 
 def _trial(
@@ -79,12 +85,14 @@ def _iterations(recipe: ReconstructRecipe, phase: str) -> int:
     return (recipe.scale_iterations or max(1, recipe.iterations // 4)) if phase == "scales" else recipe.iterations
 
 
-def _scaled(recipe: ReconstructRecipe, factor: float) -> ReconstructRecipe:
-    def of(count: int) -> int:
+def _scaled(recipe: ReconstructRecipe, units: float, network: float) -> ReconstructRecipe:
+    """The recipe with its iterations times two factors: of the units, and of the network."""
+
+    def of(count: int, factor: float) -> int:
         return max(1, int(factor * count)) if count else 0
 
-    network = recipe.network.model_copy(update={"iterations": of(recipe.network.iterations)})
-    scales = recipe.scale_iterations and of(recipe.scale_iterations)
+    whole = recipe.network.model_copy(update={"iterations": of(recipe.network.iterations, network)})
+    scales = recipe.scale_iterations and of(recipe.scale_iterations, units)
     return recipe.model_copy(
-        update={"iterations": of(recipe.iterations), "scale_iterations": scales, "network": network, "time": None}
+        update={"iterations": of(recipe.iterations, units), "scale_iterations": scales, "network": whole, "time": None}
     )

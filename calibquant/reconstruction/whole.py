@@ -21,7 +21,8 @@ from calibquant.reconstruction.learnables import restore_state, start_learning, 
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
-BACK = 0.3  # what the rates are multiplied by when a look finds the network worse than at the start
+WORSE = 1.5  # times the loss at the start: the rates are too high for this network
+BACK = 0.3  # what they are multiplied by then
 
 
 def whole_network(graph: fx.Graph) -> Unit:
@@ -47,10 +48,9 @@ def learn_network(
     The loss is KL(float || quantized) of the outputs as probabilities (the relative squared error, if the output is no
     vector), plus `network.features` times the mean over the units of the relative squared error of what they give. The
     roundings are decided in every forward pass, so the network that is judged is the one that runs. With `never_worse`
-    and at least 64 images, every eighth is held out and looked at LOOKS times. A look that finds the network worse than
-    at the start goes back to the best state, and on with BACK times the rates: large networks and higher bits need
-    gentler ones, which so need no setting. The best state is kept, which may be the first. It is judged by the loss
-    that is minimized: KL without a temperature hangs on the few images that are decided otherwise.
+    and at least 64 images, every eighth is held out and looked at LOOKS times; the state with the least output loss on
+    these is kept, which may be the first. A look that finds it WORSE than at the start goes back to the best state, and
+    on with BACK times the rates: some networks need gentler ones.
 
     Args:
         model: calibrated, on `device`; its quantizers and biases receive the result.
@@ -86,7 +86,7 @@ def learn_network(
                     if reached < after if held_out else math.isfinite(reached):
                         best, after = state_of(model), reached
                         steps.keep()
-                    elif reached >= before:
+                    elif not reached <= WORSE * before:
                         steps.go_back()
     except BaseException:
         best = saved
@@ -122,10 +122,10 @@ class _Stage:
         x = self.take(rows)
         return augmented(x) if self.recipe.network.augment and x.dim() == 4 else x
 
-    def loss(self, x: Tensor, precision: str) -> Tensor:
+    def loss(self, x: Tensor) -> Tensor:
         """What is minimized, on some images."""
         settings = self.recipe.network
-        with reduced_precision(self.device, precision):
+        with reduced_precision(self.device, self.recipe.precision):
             with torch.no_grad():
                 wanted = _outputs(self.teacher, x)
             got = _outputs(self.student, self._entering(x))
@@ -137,11 +137,12 @@ class _Stage:
         return loss + settings.features * torch.stack(errors).mean() if errors else loss
 
     def judge(self, rows: Tensor) -> float:
-        """The loss on some images as they are, per image; in float32, as the network runs."""
+        """Loss of the output on some images as they are, per image, without a temperature."""
         total = 0.0
         with torch.no_grad():
-            for some in rows.split(self.at_once):
-                total += float(self.loss(self.take(some), "float32")) * len(some)
+            for some in rows.split(images_at_once(self.images.shape, 64, self.device)):
+                x = self.take(some)
+                total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
         return total / len(rows)
 
     def _entering(self, x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class _Steps:
         self.optimizer.zero_grad()
         batch, total = next(self.batches), torch.zeros(())
         for part in self.rows[batch].split(self.stage.at_once):
-            loss = self.stage.loss(self.stage.changed(part), self.stage.recipe.precision) * (len(part) / len(batch))
+            loss = self.stage.loss(self.stage.changed(part)) * (len(part) / len(batch))
             loss.backward()
             total += loss.detach().cpu()
         self.optimizer.step()
