@@ -5,39 +5,30 @@
 A recipe file may begin with `include: [FILE, …]` and `preset: NAME`; what files say wins over the preset, and the
 overrides over both.
 
-- `models`: the sections and their defaults
+- `images`, `quant`, `learning`: the sections and their defaults
+- `models`: the recipe made of them
 - `presets`: fields by the names of methods
 - `loading`: from files and dictionaries, with errors of one line
 - `shipped`, `catalog`: the recipes that come with the package, by name
 """
 
+from calibquant.recipe.images import AugmentRecipe, CalibrationRecipe, DataRecipe, ModelRecipe, Preprocess
+from calibquant.recipe.learning import REGULARIZER, NetworkRecipe, ReconstructRecipe, Sampling, TrainRecipe
 from calibquant.recipe.loading import load_recipe, make_recipe
-from calibquant.recipe.models import (
-    REGULARIZER,
+from calibquant.recipe.models import EvaluationRecipe, ExportRecipe, Recipe
+from calibquant.recipe.presets import PRESETS
+from calibquant.recipe.quant import (
     ActivationRecipe,
     Allocation,
-    AugmentRecipe,
     Bits,
     Boundary,
-    CalibrationRecipe,
-    DataRecipe,
-    EvaluationRecipe,
-    ExportRecipe,
     Granularity,
     MixedRecipe,
-    ModelRecipe,
-    NetworkRecipe,
     Observer,
     Placement,
-    Preprocess,
     QuantRecipe,
-    Recipe,
-    ReconstructRecipe,
-    Sampling,
-    TrainRecipe,
     WeightRecipe,
 )
-from calibquant.recipe.presets import PRESETS
 
 __all__ = [
     "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",

@@ -15,8 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe.models import Recipe, Section
+from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import PRESETS, merged
+from calibquant.recipe.section import Section
 from calibquant.recipe.shipped import located
 
 

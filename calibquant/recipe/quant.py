@@ -1,0 +1,130 @@
+"""The recipe's section of what is quantized to what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from calibquant.recipe.section import Positive, Section, conflict
+
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+Observer = Literal[
+    "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl",
+    "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg",
+]  # fmt: skip
+Granularity = Literal["per_tensor", "per_channel"]
+Allocation = Literal["none", "banner", "optimal"]
+Placement = Literal["integer", "academic"]
+Boundary = Literal["brecq", "qdrop", "captq", "none"]
+
+
+class WeightRecipe(Section):
+    """The weights' grid and how its range is found."""
+
+    bits: Bits = 4
+    symmetric: bool = False
+    granularity: Granularity = "per_channel"
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
+    observer: Literal["minmax", "percentile", "mse", "mse-shrink", "arq"] = "mse"
+    percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    correction: Literal["none", "mean", "mean-variance"] = Field(
+        default="none", description="put back what rounding shifts of each output channel's weights"
+    )
+    rounding: Literal["nearest", "gram"] = Field(
+        default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
+    )
+
+
+class ActivationRecipe(Section):
+    """The activations' grid and how its range is found."""
+
+    bits: Bits = 4
+    symmetric: bool = False
+    granularity: Granularity = Field(default="per_tensor", description="per_channel exists in simulation only")
+    allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
+    observer: Observer = "mse"
+    percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
+    dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
+
+
+class MixedRecipe(Section):
+    """Bits of single weights (and activations), chosen under a budget; give either `limit` or `max_drop`."""
+
+    budget: Literal["average_bits", "weight_bytes", "bops"] = Field(
+        default="average_bits",
+        description="average_bits: of the weights to choose for, by size; weight_bytes: packed codes of all weights; "
+        "bops: products * weight bits * activation bits of an image",
+    )
+    limit: Positive | None = Field(default=None, description="of the budget")
+    max_drop: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="takes the least budget whose agreement with the float network is at least 1 - this"
+    )
+    choices: Annotated[tuple[Bits, ...], Field(min_length=2)] = (2, 3, 4, 8)
+    tensors: Literal["weights", "both"] = Field(default="weights", description="both: activations too; needs bops")
+    sensitivity: Literal["logits", "interactions", "gradient", "loss", "fisher", "agreement"] = Field(
+        default="logits",
+        description="harm of quantizing single tensors: change of the logits, also with interactions; KL; another "
+        "class; gradient and fisher estimate the first and the KL from one backward pass",
+    )
+    images: int = Field(default=64, ge=1, description="calibration images on which it is")
+
+    @model_validator(mode="after")
+    def _fits(self) -> MixedRecipe:
+        if (self.limit is None) == (self.max_drop is None):
+            raise ValueError("give limit or max_drop, one of the two")
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("name each of the choices once")
+        if self.tensors == "both" and (self.budget != "bops" or self.sensitivity in ("gradient", "fisher")):
+            raise ValueError("tensors: both needs budget: bops, and a sensitivity other than gradient and fisher")
+        return self
+
+
+class QuantRecipe(Section):
+    """What is quantized to what."""
+
+    weights: WeightRecipe = WeightRecipe()
+    activations: ActivationRecipe = ActivationRecipe()
+    placement: Placement = "integer"
+    boundary: Boundary = "qdrop"
+    boundary_bits: Bits = Field(default=8, description="bits of what the boundary rule keeps wider")
+    residual_bits: Bits = Field(default=8, description="bits of what only the integer placement quantizes")
+    bits: dict[str, Bits] = Field(default={}, description="bits of single weights or activations, by tensor name")
+    mixed: MixedRecipe | None = Field(default=None, description="choose bits of single tensors under a budget")
+    equalize: bool = Field(default=False, description="equalize the weight ranges of neighbouring layers first")
+    bias_correction: Literal["none", "analytic", "empirical"] = Field(
+        default="none",
+        description="put the mean of each layer's output back: analytic from BatchNorm statistics, empirical from the "
+        "calibration images",
+    )
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """Nested keys are joined: an override `quant.bits.layer1.0.weight=8` names the tensor layer1.0.weight."""
+        return dict(_joined(value)) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _allocatable(self) -> QuantRecipe:
+        for name, part in (("weights", self.weights), ("activations", self.activations)):
+            where = f"quant.{name}.allocation"
+            if part.allocation != "none" and part.granularity != "per_channel":
+                raise conflict(where, "shares bits among channels", f"set quant.{name}.granularity=per_channel")
+            if part.allocation != "none" and part.bits > 8:
+                raise conflict(where, "gives a channel 8 bits at most", f"set quant.{name}.bits to 8 or fewer")
+        own = self.activations
+        if own.granularity == "per_channel" and own.dynamic:
+            raise conflict("quant.activations.dynamic", "takes one range for a tensor", "set granularity=per_tensor")
+        if own.allocation != "none" and own.observer in ("mse-batch", "mse-shrink"):
+            problem = f"{own.observer} searches each batch for one number of bits"
+            raise conflict("quant.activations.allocation", problem, "use the observer mse")
+        return self
+
+
+def _joined(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _joined(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
