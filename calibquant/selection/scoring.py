@@ -56,6 +56,20 @@ class Pool:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def take(self, rows: Sequence[int]) -> Pool:
+        """Some of the rows, in that order."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            indices=self.indices[chosen],
+            classes=self.classes[chosen],
+            values={name: value[chosen] for name, value in self.values.items()},
+            means=None if self.means is None else self.means[chosen],
+            squares=None if self.squares is None else self.squares[chosen],
+            peaks=None if self.peaks is None else self.peaks[chosen],
+            predictions=None if self.predictions is None else self.predictions[chosen],
+        )
+
     def as_predicted(self) -> Pool:
         """The same with the float network's classes in place of labels."""
         return self if self.predictions is None else replace(self, classes=self.predictions)
