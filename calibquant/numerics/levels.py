@@ -1,0 +1,228 @@
+"""Grids beyond uniform: sets of levels, and the levels that suit given values best.
+
+A level is an integer from -127 to 127, and a value is level * scale: every grid of 1 to 4 bits in the literature is
+such a set (up to a rounding of 1/254 of the range for learned ones), so that integer kernels run it as 8-bit weights
+while files hold the short codes. Levels are ascending; a code is a level's place among them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
+TOP = 127  # the largest level: int8, symmetric
+POINTS = 4096  # distinct values for an exact clustering; more are gathered into bins first
+
+
+def power_of_two_levels(bits: int) -> list[int]:
+    """0 and ±2^k: 2^(bits-1) - 1 magnitudes, each half of the next, and zero.
+
+    Source: Miyashita, Lee and Murmann, "Convolutional Neural Networks using Logarithmic Data Representation", 2016.
+
+    Args:
+        bits: 2 to 4; finer steps near zero than 4 bits give do not fit 8-bit levels, and do not help.
+
+    Raises:
+        ValueError: `bits` is another number.
+
+    Example:
+        >>> power_of_two_levels(3)
+        [-4, -2, -1, 0, 1, 2, 4]
+    """
+    _check_bits(bits, 2, 4)
+    magnitudes = [1 << k for k in range(2 ** (bits - 1) - 1)]
+    return [-m for m in reversed(magnitudes)] + [0] + magnitudes
+
+
+def apot_levels(bits: int, width: int = 2) -> list[int]:
+    """Additive powers of two: sums of one power (or zero) from each of several sets, and their negatives.
+
+    One of the bits is the sign. The others choose from n sets of 2^width - 1 powers each, to which 2^-1, 2^-2, … are
+    dealt in turn. Bits that are left over choose whether one further power counts, which is dealt before the last
+    round. Source: Li, Dong and Wang, "Additive Powers-of-Two Quantization", ICLR 2020, equation 3, whose width is k;
+    the left-over bit as in their released code.
+
+    Args:
+        bits: 2 to 6.
+        width: bits of a term, k.
+
+    Raises:
+        ValueError: the bits do not fit: more than one bit is left over, or levels exceed 8 bits.
+
+    Example:
+        >>> apot_levels(3), apot_levels(4)
+        ([-4, -2, -1, 0, 1, 2, 4], [-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 10])
+    """
+    _check_bits(bits, 2, 6)
+    terms, over = divmod(bits - 1, width)
+    if over > 1:
+        raise ValueError(f"{bits - 1} bits of magnitude are no terms of {width} bits and at most one further bit")
+    rounds = 2**width - 1
+    sets: list[list[int]] = [[] for _ in range(terms + over)]
+    power = 0
+    for turn in range(rounds if terms else 1):
+        if over and (turn == rounds - 1 or not terms):
+            sets[terms].append(power := power + 1)
+        for dealt in sets[:terms]:
+            dealt.append(power := power + 1)
+    options = [[0, *(1 << (power - p) for p in dealt)] for dealt in sets]
+    magnitudes = {sum(choice) for choice in product(*options)}
+    if max(magnitudes) > TOP:
+        raise ValueError(f"{bits} bits in terms of {width} do not fit levels of 8 bits")
+    return sorted({sign * m for m in magnitudes for sign in (-1, 1)})
+
+
+def binary_levels(bases: int = 1) -> list[int]:
+    """±1 for one base; for several the sums of ±2^k, which are the odd numbers: 2^bases levels a constant step apart.
+
+    Source: Rastegari et al., "XNOR-Net", ECCV 2016. (Several bases of one scale ratio; ABC-Net, NIPS 2017, lets ratios
+    differ, which a learned codebook of 2^bases levels covers.)
+
+    Example:
+        >>> binary_levels(), binary_levels(2)
+        ([-1, 1], [-3, -1, 1, 3])
+    """
+    _check_bits(bases, 1, 7)
+    return list(range(1 - 2**bases, 2**bases, 2))
+
+
+def ternary_levels() -> list[int]:
+    """-1, 0 and 1: Li, Zhang and Liu, "Ternary Weight Networks", 2016."""
+    return [-1, 0, 1]
+
+
+def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
+    """The place of the nearest level of each value, int64, the shape of `x`; halfway the lower one.
+
+    Args:
+        x: float, in units of the scale.
+        levels: ascending, (n,).
+
+    Example:
+        >>> nearest_codes(torch.tensor([-3.0, 0.4, 0.5, 0.6]), torch.tensor([-1, 0, 1])).tolist()
+        [0, 1, 1, 2]
+    """
+    values = levels.to(x)
+    return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
+
+
+def cluster(values: Floats, weights: Floats, count: int, whole: bool = False) -> Floats:
+    """At most `count` levels of least weighted squared error: 1-D k-means, exact.
+
+    Dynamic programming over the sorted distinct values: the best k clusters of the first j values end with one that
+    begins somewhere. Cost O(count n^2) in memory O(count n). Source: Wang and Song, "Ckmeans.1d.dp", The R Journal 2011
+    (Bellman, 1973).
+
+    Args:
+        values: (n,), any order.
+        weights: of the values, positive, (n,).
+        count: levels.
+        whole: levels are integers: each cluster's is the one nearest its mean, which is the best integer, so that the
+            result is exact too.
+
+    Returns:
+        the levels, ascending, distinct; fewer than `count` if fewer distinct values are there.
+
+    Example:
+        >>> cluster(np.array([0.0, 0.1, 5.0, 9.0, 9.2]), np.ones(5), 3).round(3).tolist()
+        [0.05, 5.0, 9.1]
+    """
+    points, place = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True)
+    mass = np.bincount(place.reshape(-1), weights=np.asarray(weights, dtype=np.float64).reshape(-1))
+    n, count = len(points), min(count, len(points))
+    centred = points - points.mean()  # so that sums of squares keep their digits
+    sums = [np.concatenate([[0.0], np.cumsum(mass * centred**power)]) for power in (0, 1, 2)]
+
+    def costs(end: int) -> tuple[Floats, Floats]:
+        """Error and level of each cluster start … end, for start = 0 … end."""
+        m, s, q = (total[end + 1] - total[: end + 1] for total in sums)
+        mean = s / m
+        level: Floats = np.rint(mean + points.mean()) - points.mean() if whole else mean
+        return np.maximum(q - 2 * level * s + level**2 * m, 0.0), level
+
+    best = np.full((count + 1, n + 1), np.inf)
+    best[0, 0] = 0.0
+    begin = np.zeros((count + 1, n + 1), dtype=np.int64)
+    for end in range(n):
+        error, _ = costs(end)
+        totals = best[:-1, : end + 1] + error  # clusters before, begin
+        begin[1:, end + 1] = totals.argmin(1)
+        best[1:, end + 1] = totals[np.arange(count), begin[1:, end + 1]]
+    used = int(best[1:, n].argmin()) + 1  # integers may coincide, so more need not be better
+    levels, end = [], n
+    for k in range(used, 0, -1):
+        start = begin[k, end]
+        levels.append(float(costs(end - 1)[1][start] + points.mean()))
+        end = start
+    return np.unique(np.rint(levels) if whole else np.array(levels))
+
+
+def gathered(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Values and weights as at most POINTS distinct ones, for `cluster`: means and sums of equally wide bins."""
+    if len(values) <= POINTS:
+        return values, weights
+    low, high = float(values.min()), float(values.max())
+    place = np.minimum(((values - low) * (POINTS / max(high - low, 1e-30))).astype(np.int64), POINTS - 1)
+    mass = np.bincount(place, weights=weights, minlength=POINTS)
+    total = np.bincount(place, weights=weights * values, minlength=POINTS)
+    there = mass > 0
+    return total[there] / mass[there], mass[there]
+
+
+def ternary_scale(x: Floats) -> float:
+    """The scale of least squared error with the levels -1, 0 and 1, exact.
+
+    If the k largest magnitudes become ±1, their mean is the best scale and saves (their sum)^2 / k; the best k is found
+    by looking at all. Source: Li, Zhang and Liu, 2016, equation 5, solved without its approximation.
+
+    Example:
+        >>> ternary_scale(np.array([0.1, -2.0, 2.2, 0.0]))
+        2.1
+    """
+    sums = np.cumsum(np.sort(np.abs(x))[::-1])
+    k = np.arange(1, len(sums) + 1)
+    best = int((sums**2 / k).argmax())
+    return float(sums[best] / k[best])
+
+
+def best_scale(x: Tensor, levels: Tensor, start: Tensor, steps: int = 100, rounds: int = 3) -> Tensor:
+    """The scale of least squared error of each row: a search over shrunk ranges, then least squares and new codes.
+
+    Args:
+        x: float (R, n), a row for each scale.
+        levels: ascending, (k,).
+        start: float (R,), the scale at which the largest level reaches the row's largest value.
+        steps: scales tried, start * i / steps.
+        rounds: of scale = sum(x l) / sum(l^2) and nearest levels again, which never makes the error larger.
+
+    Returns:
+        float32 (R,), positive.
+    """
+    values = levels.to(x)
+
+    def error(scale: Tensor) -> Tensor:
+        return (values[nearest_codes(x / scale[:, None], levels)] * scale[:, None] - x).square().sum(1)
+
+    best, least = start.clone(), error(start)
+    for i in range(1, steps):
+        scale = start * (i / steps)
+        found = error(scale)
+        best, least = torch.where(found < least, scale, best), torch.minimum(found, least)
+    for _ in range(rounds):
+        chosen = values[nearest_codes(x / best[:, None], levels)]
+        size = chosen.square().sum(1)
+        scale = torch.where(size > 0, (chosen * x).sum(1) / size.clamp(min=1e-30), best)
+        scale = torch.where(scale > 0, scale, best)
+        found = error(scale)
+        best, least = torch.where(found <= least, scale, best), torch.minimum(found, least)
+    return best.float()
+
+
+def _check_bits(bits: int, least: int, most: int) -> None:
+    if not least <= bits <= most:
+        raise ValueError(f"{bits} is not {least} to {most} bits")
