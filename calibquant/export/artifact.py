@@ -4,6 +4,8 @@ Tensors of model.safetensors:
 
     <parameter>.codes        uint8, the codes packed flat at their grid's bits (numerics.packing)
     <parameter>.scale        float32, () or (C,)
+    <parameter>.levels       int8, (n,) or (C, n), of a weight on a grid that is not uniform; its codes are places among
+                             them, packed at ceil(log2(n)) bits
     <parameter>.zero_point   uint8, packed like codes; absent for symmetric weights
     <parameter>.channel_bits uint8, (C,), 0 to 8; only where channels share bits. Codes and zero points are then packed
                              channel after channel, each with its own bits
@@ -31,7 +33,8 @@ from calibquant.errors import RunFolderError
 from calibquant.graph.serialize import from_json, to_json
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.allocation import MOST
-from calibquant.numerics.grid import PerChannel, widest
+from calibquant.numerics.grid import Grid, PerChannel, widest
+from calibquant.numerics.levels import levels_at, places_of
 from calibquant.numerics.packing import (
     channel_packed_bytes,
     pack,
@@ -41,7 +44,7 @@ from calibquant.numerics.packing import (
     unpack_channels,
 )
 from calibquant.quantization.model import QuantModel, parameter_tensors
-from calibquant.quantization.plan import QuantPlan, TensorPlan
+from calibquant.quantization.plan import LevelPlan, QuantPlan, TensorPlan
 from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from calibquant.runfolder import FORMAT_VERSION, RunFolder, open_run
 
@@ -102,6 +105,9 @@ def _deltas(model: QuantModel) -> dict[str, Tensor]:
 def _weight_tensors(name: str, quantizer: WeightQuantizer) -> dict[str, Tensor]:
     q, bits = quantizer.get(), quantizer.channel_bits
     tensors = {f"{name}.scale": q.scale.cpu()}
+    if q.levels is not None:
+        places = places_of(q.codes, q.levels, q.granularity).cpu()
+        return tensors | {f"{name}.codes": pack(places, Grid(quantizer.plan.bits)), f"{name}.levels": q.levels.cpu()}
     if bits is None:
         tensors[f"{name}.codes"] = pack(q.codes, q.grid)
     else:
@@ -146,6 +152,9 @@ def _weight_bytes(weight: Tensor, quantizer: WeightQuantizer) -> tuple[int, int]
     """Bytes of a weight's codes, and of its scales, zero points and bits of channels."""
     plan, bits = quantizer.plan, quantizer.channel_bits
     channels = weight.shape[plan.granularity.axis] if isinstance(plan.granularity, PerChannel) else 1
+    if plan.levels is not None:
+        table = plan.levels.count * (channels if plan.levels.own else 1)
+        return packed_bytes(weight.numel(), plan.bits), 4 * channels + table
     if bits is None:
         codes, points, counts = packed_bytes(weight.numel(), plan.grid.bits), packed_bytes(channels, plan.grid.bits), 0
     else:
@@ -256,11 +265,28 @@ def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], p
         raise ValueError(f"{name}.scale has the shape {tuple(scale.shape)}")
     if plan.allocation != "none":
         return _read_channels(stored, name, shape, plan)
+    if plan.levels is not None:
+        return _read_levels(stored, name, shape, plan, plan.levels)
     if plan.symmetric:
         zero_point = torch.full_like(scale, 0 if plan.grid.signed else 1 << (plan.grid.bits - 1), dtype=torch.int32)
     else:
         zero_point = unpack(stored[f"{name}.zero_point"], tuple(scale.shape), plan.grid).to(torch.int32)
     return QTensor(unpack(stored[f"{name}.codes"], shape, plan.grid), scale, zero_point, plan.grid, plan.granularity)
+
+
+def _read_levels(
+    stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan, levels: LevelPlan
+) -> QTensor:
+    """A weight whose codes are places among levels."""
+    scale, table = stored[f"{name}.scale"], stored[f"{name}.levels"]
+    rows = (shape[_axis(plan)],) if levels.own else ()
+    if tuple(table.shape) != (*rows, levels.count) or table.dtype != torch.int8:
+        raise ValueError(f"{name}.levels has the shape {tuple(table.shape)}")
+    places = unpack(stored[f"{name}.codes"], shape, Grid(levels.bits)).long()
+    if int(places.max()) >= levels.count:
+        raise ValueError(f"{name}.codes hold {int(places.max())} of {levels.count} levels")
+    codes = levels_at(places, table, plan.granularity)
+    return QTensor(codes, scale, torch.zeros_like(scale, dtype=torch.int32), plan.grid, plan.granularity, levels=table)
 
 
 def _read_channels(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:

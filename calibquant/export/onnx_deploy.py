@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -187,6 +188,8 @@ class _DeployFile:
         scale = self.graph.tensor(f"{weight.name}.scale", weight.scale)
         if container is None:
             codes = self.graph.tensor(f"{weight.name}.codes", weight.centered)
+        elif weight.levels is not None:
+            codes = self._from_levels(weight, weight.levels, container)
         else:
             stored = self.graph.tensor(f"{weight.name}.codes", weight.codes, container)
             codes = self._cached("Cast", [stored], f"{stored}.wide", to=6)  # TensorProto.INT32, which Mul takes
@@ -201,6 +204,18 @@ class _DeployFile:
         return self.graph.node(
             "DequantizeLinear", [codes, scale, zeros], f"{step.output}.weight.float", axis=weight.axis
         )
+
+    def _from_levels(self, weight: IntegerWeight, levels: npt.NDArray[np.int8], container: str) -> str:
+        """The int8 weight as packed places among its levels, looked up."""
+        stored = self.graph.tensor(f"{weight.name}.codes", weight.places, container)
+        places = self._cached("Cast", [stored], f"{stored}.wide", to=6)  # TensorProto.INT32
+        if levels.ndim == 2:  # a channel's levels begin behind those of the channels before it
+            first = (np.arange(len(levels)) * levels.shape[1]).astype(np.int32)
+            shape = [-1 if a == weight.axis else 1 for a in range(weight.codes.ndim)]
+            offsets = self.graph.tensor(f"{weight.name}.first_level", first.reshape(shape))
+            places = self._cached("Add", [places, offsets], f"{stored}.places")
+        table = self.graph.tensor(f"{weight.name}.levels", levels.reshape(-1))
+        return self._cached("Gather", [table, places], f"{stored}.int8", axis=0)
 
     def _bias(self, step: Step) -> str:
         """The int32 bias, on the scale of the product's accumulator."""
@@ -233,7 +248,7 @@ class _DeployFile:
         return {
             "calibquant.file": "deploy",
             "calibquant.storage": self.storage,
-            "calibquant.weights": text({name: weight.bits for name, weight in self.weights.items()}),
+            "calibquant.weights": text({name: weight.stored_bits for name, weight in self.weights.items()}),
             "calibquant.activations": text({s.output: s.grid.bits for s in self.program.steps if s.grid is not None}),
             "calibquant.notes": text(list(self.program.notes)),
         }
@@ -241,8 +256,8 @@ class _DeployFile:
 
 def container_of(weight: IntegerWeight) -> str | None:
     """The type of less than a byte that holds a weight's codes; None if INT8 does."""
-    bits = 2 if weight.bits <= 2 else 4 if weight.bits <= 4 else None
-    return None if bits is None else f"{'' if weight.signed else 'U'}INT{bits}"
+    bits = 2 if weight.stored_bits <= 2 else 4 if weight.stored_bits <= 4 else None
+    return None if bits is None else f"{'' if weight.signed and weight.levels is None else 'U'}INT{bits}"
 
 
 def _with_weight_named(step: Step) -> Step:

@@ -21,6 +21,7 @@ from calibquant.graph.limits import limits_of
 from calibquant.graph.ops import OPS, Kind, activations_of, kind_of, op_of, weight_of
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
+from calibquant.numerics.levels import places_of
 from calibquant.quantization import QuantModel
 from calibquant.quantization.biases import bias_step, kernel_scale, kernel_shift, scale_factors, with_larger_scale
 from calibquant.quantization.model import parameter_tensors
@@ -60,6 +61,8 @@ class IntegerWeight:
         signed: whether the grid is signed.
         axis: output-channel axis.
         shift: see `quantization.biases.kernel_shift`.
+        levels: the codes that occur, ascending, int8 (n,), or (C, n) for each channel its own; None: any of the grid.
+        file_bits: of a code as files hold it, its place among the levels; None: `bits`.
     """
 
     name: str
@@ -70,6 +73,21 @@ class IntegerWeight:
     signed: bool
     axis: int
     shift: int = 0
+    levels: npt.NDArray[np.int8] | None = None
+    file_bits: int | None = None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code as files hold it."""
+        return self.bits if self.file_bits is None else self.file_bits
+
+    @property
+    def places(self) -> npt.NDArray[np.uint8]:
+        """The place of each code among its levels, uint8."""
+        assert self.levels is not None
+        granularity, codes = PerChannel(self.axis), torch.from_numpy(self.codes)
+        found = places_of(codes, torch.from_numpy(self.levels), granularity)
+        return found.numpy().astype(np.uint8)
 
     @property
     def centered(self) -> npt.NDArray[np.int8]:
@@ -266,7 +284,7 @@ class _Lowering:
             self.notes.append(f"{node.name} ({op.name}) is computed in float on dequantized inputs")
         if weight is not None and not integer:
             self.notes.append(
-                f"{node.name} ({op.name}) is computed in float, with its weight stored in {weight.bits} bits"
+                f"{node.name} ({op.name}) is computed in float, with its weight stored in {weight.stored_bits} bits"
             )
         self._add(Step(op.name, tuple(inputs), output, node.kwargs, grid, weight, bias, integer=integer))
 
@@ -364,4 +382,8 @@ def _integer_weight(name: str, q: QTensor) -> IntegerWeight:
     )
     shift = kernel_shift(q.grid.bits)
     codes = q.codes.cpu().numpy()
-    return IntegerWeight(name, codes, zero_point.astype(np.int32), scale, q.grid.bits, q.grid.signed, axis, shift)
+    levels = None if q.levels is None else q.levels.cpu().numpy()
+    stored = None if levels is None else max(1, (levels.shape[-1] - 1).bit_length())
+    return IntegerWeight(
+        name, codes, zero_point.astype(np.int32), scale, q.grid.bits, q.grid.signed, axis, shift, levels, stored
+    )

@@ -19,7 +19,9 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
         dictionaries with `node`, `layer`, `op`, `weight` (parameter, bits, signed, scale and zero_point per channel),
         `input` and `output` (bits, signed, scale, zero_point; None for float or a dynamic range). Scales and zero
         points of an activation per channel are lists. Where channels share bits, `bits` are those of the widest, and
-        `channel_bits` those of each. And `bias_delta`, a float for each channel, where the bias was corrected.
+        `channel_bits` those of each. Where levels are few, `bits` are those of the integers, `stored_bits` those of a
+        stored code, and `levels` the integers, of all channels or of each. And `bias_delta`, a float for each channel,
+        where the bias was corrected.
     """
     rows = []
     for node in model.teacher.graph.nodes:
@@ -37,6 +39,7 @@ def record(model: QuantModel) -> list[dict[str, Any]]:
             "weight": {
                 "parameter": str(weight.target),
                 "bits": q.grid.bits,
+                **({} if q.levels is None else {"stored_bits": quantizer.plan.bits, "levels": q.levels.tolist()}),
                 "signed": q.grid.signed,
                 "scale": q.scale.reshape(-1).tolist(),
                 "zero_point": q.zero_point.reshape(-1).tolist(),

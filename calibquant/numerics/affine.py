@@ -27,6 +27,8 @@ class QTensor:
         granularity: what a scale spans.
         channel_bits: int32 (C,), 0 to 8, where channels differ in bits: codes and zero point of a channel are on the
             grid of its own bits. With 0 bits all codes equal the zero point, and the scale is 1.
+        levels: int8 (n,), or (C, n) for each channel its own: the codes are among these, ascending; the grid is that of
+            signed 8 bits then and zero points are 0. None: every code of the grid.
     """
 
     codes: Tensor
@@ -35,6 +37,7 @@ class QTensor:
     grid: Grid
     granularity: Granularity
     channel_bits: Tensor | None = None
+    levels: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The simulated value, exactly (codes - zero_point) * scale in float32."""

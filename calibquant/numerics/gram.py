@@ -62,22 +62,32 @@ class Moments:
 
 @dataclass(frozen=True)
 class RowGrid:
-    """The values that each row's weights may take: scale * n for integers n from low to high.
+    """The values that each row's weights may take: scale * n for integers n from low to high, or for some of them.
 
     Args:
         scale: float64 (S,).
         low, high: float64 (S,).
         owner: int64 (G, O), which of the S scales a row has.
+        levels: float64 (S, n), ascending: the integers allowed; None allows all.
     """
 
     scale: Tensor
     low: Tensor
     high: Tensor
     owner: Tensor
+    levels: Tensor | None = None
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The nearest integers, (G, O, K)."""
-        return torch.round(weight / self.of(self.scale)).clamp(self.of(self.low), self.of(self.high))
+        """The nearest integers allowed, (G, O, K)."""
+        return self.nearest(weight / self.of(self.scale))
+
+    def nearest(self, wanted: Tensor) -> Tensor:
+        """The nearest integers allowed to numbers (G, O, K), in units of the scales."""
+        if self.levels is None:
+            return torch.round(wanted).clamp(self.of(self.low), self.of(self.high))
+        table = self.levels[self.owner]
+        middle = ((table[..., 1:] + table[..., :-1]) / 2).contiguous()
+        return table.gather(2, torch.searchsorted(middle, wanted.contiguous()))
 
     def values(self, integers: Tensor) -> Tensor:
         """What integers (G, O, K) mean."""
@@ -129,13 +139,13 @@ def error_feedback(moments: Moments, grid: RowGrid) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
     left = _columns(moments.optimum(), order)
-    scale, low, high = (parameter[grid.owner] for parameter in (grid.scale, grid.low, grid.high))
+    scale = grid.scale[grid.owner]
     found = torch.empty_like(left)
     for start in range(0, left.shape[2], BLOCK):
         stop = min(start + BLOCK, left.shape[2])
         spoiled = left.new_empty(*left.shape[:2], stop - start)
         for k in range(start, stop):
-            found[:, :, k] = torch.round(left[:, :, k] / scale).clamp(low, high)
+            found[:, :, k] = grid.nearest((left[:, :, k] / scale)[..., None])[..., 0]
             error = (left[:, :, k] - found[:, :, k] * scale) / factor[:, k, k, None]
             left[:, :, k:stop] -= error[..., None] * factor[:, None, k, k:stop]
             spoiled[:, :, k - start] = error
@@ -155,7 +165,7 @@ def coordinate_descent(integers: Tensor, moments: Moments, grid: RowGrid) -> tup
         the integers, no row with a larger error, and how many changed.
     """
     integers = integers.clone()
-    scale, low, high = (parameter[grid.owner] for parameter in (grid.scale, grid.low, grid.high))
+    scale = grid.scale[grid.owner]
     curvature = moments.gram.diagonal(dim1=1, dim2=2)[:, None] * scale[..., None]
     reach = torch.where(curvature > TINY, 1 / curvature, 0).unbind(2)
     slope = moments.cross - grid.values(integers) @ moments.gram  # minus half the error's gradient
@@ -166,7 +176,7 @@ def coordinate_descent(integers: Tensor, moments: Moments, grid: RowGrid) -> tup
         gram = moments.gram[:, start:stop, start:stop].contiguous()
         for k in range(start, stop):
             here = integers[:, :, k]
-            best = torch.addcmul(here, local[:, :, k - start], reach[k]).round_().clamp_(low, high)
+            best = grid.nearest(torch.addcmul(here, local[:, :, k - start], reach[k])[..., None])[..., 0]
             move = (best - here).mul_(scale)
             here.copy_(best)
             local.baddbmm_(move[..., None], gram[:, k - start, None], alpha=-1)

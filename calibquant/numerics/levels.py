@@ -8,11 +8,14 @@ while files hold the short codes. Levels are ascending; a code is a level's plac
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from calibquant.numerics.grid import Granularity, PerChannel
 
 Floats = npt.NDArray[np.float64]
 TOP = 127  # the largest level: int8, symmetric
@@ -111,6 +114,42 @@ def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(x, (values[1:] + values[:-1]) / 2)
 
 
+def on_levels(x: Tensor, levels: Tensor, granularity: Granularity) -> Tensor:
+    """Each value's nearest level, the shape and type of `x`.
+
+    Args:
+        x: float, in units of the scale.
+        levels: ascending, (n,), or (C, n) for the channels of `granularity`.
+    """
+    if levels.dim() == 1:
+        return levels.to(x)[nearest_codes(x, levels)]
+    assert isinstance(granularity, PerChannel)
+    rows = x.movedim(granularity.axis, 0)
+    table = levels.to(x)
+    flat = rows.reshape(len(table), -1).contiguous()
+    found = table.gather(1, torch.searchsorted(((table[:, 1:] + table[:, :-1]) / 2).contiguous(), flat))
+    return found.reshape(rows.shape).movedim(0, granularity.axis)
+
+
+def places_of(codes: Tensor, levels: Tensor, granularity: Granularity) -> Tensor:
+    """The place of each code among the levels, int64; the inverse of `levels_at`. Shapes as in `on_levels`."""
+    if levels.dim() == 1:
+        return torch.searchsorted(levels.to(codes), codes.contiguous())
+    assert isinstance(granularity, PerChannel)
+    rows = codes.movedim(granularity.axis, 0)
+    found = torch.searchsorted(levels.to(codes).contiguous(), rows.reshape(len(levels), -1).contiguous())
+    return found.reshape(rows.shape).movedim(0, granularity.axis)
+
+
+def levels_at(places: Tensor, levels: Tensor, granularity: Granularity) -> Tensor:
+    """The levels at the given places, int8, the shape of `places`."""
+    if levels.dim() == 1:
+        return levels[places.long()]
+    assert isinstance(granularity, PerChannel)
+    rows = places.long().movedim(granularity.axis, 0)
+    return levels.gather(1, rows.reshape(len(levels), -1)).reshape(rows.shape).movedim(0, granularity.axis)
+
+
 def cluster(values: Floats, weights: Floats, count: int, whole: bool = False) -> Floats:
     """At most `count` levels of least weighted squared error: 1-D k-means, exact.
 
@@ -138,12 +177,13 @@ def cluster(values: Floats, weights: Floats, count: int, whole: bool = False) ->
     centred = points - points.mean()  # so that sums of squares keep their digits
     sums = [np.concatenate([[0.0], np.cumsum(mass * centred**power)]) for power in (0, 1, 2)]
 
-    def costs(end: int) -> tuple[Floats, Floats]:
+    def costs(end: int) -> tuple[Floats, npt.NDArray[Any]]:
         """Error and level of each cluster start … end, for start = 0 … end."""
         m, s, q = (total[end + 1] - total[: end + 1] for total in sums)
         mean = s / m
         level: Floats = np.rint(mean + points.mean()) - points.mean() if whole else mean
-        return np.maximum(q - 2 * level * s + level**2 * m, 0.0), level
+        error: Floats = np.maximum(q - 2 * level * s + level**2 * m, 0.0)
+        return error, level
 
     best = np.full((count + 1, n + 1), np.inf)
     best[0, 0] = 0.0

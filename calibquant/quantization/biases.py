@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calibquant.numerics.affine import QTensor, aligned
 from calibquant.numerics.grid import PerChannel
+from calibquant.numerics.levels import on_levels
 from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 INT32 = 2**31 - 1
@@ -151,8 +152,9 @@ def with_larger_scale(weight: QTensor, factors: Tensor) -> QTensor:
     scale = (weight.scale.double() * factors).float()
     ratio = aligned(weight.scale.double() / scale.double(), weight.codes, weight.granularity)
     zero = aligned(weight.zero_point, weight.codes, weight.granularity)
-    codes = (torch.round((weight.codes.double() - zero) * ratio) + zero).to(weight.codes.dtype)
-    return replace(weight, codes=codes, scale=scale)
+    wanted = (weight.codes.double() - zero) * ratio
+    codes = torch.round(wanted) if weight.levels is None else on_levels(wanted, weight.levels, weight.granularity)
+    return replace(weight, codes=(codes + zero).to(weight.codes.dtype), scale=scale)
 
 
 def fit_biases(products: Mapping[str, tuple[ActivationQuantizer, WeightQuantizer, Tensor]]) -> dict[str, int]:

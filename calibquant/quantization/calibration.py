@@ -14,6 +14,7 @@ from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
 from calibquant.quantization.allocation import allocate_weight
 from calibquant.quantization.channels import ChannelObserver
+from calibquant.quantization.leveling import leveled_weight
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.quantization.observers import DENSITIES, ActivationObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, QuantRecipe
@@ -37,7 +38,9 @@ def calibrate_weights(
         weight, plan = tensors[name], quantizer.plan
         if not torch.isfinite(weight).all():
             raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
-        if plan.allocation == "none":
+        if plan.levels is not None:
+            quantizer.set(leveled_weight(weight, plan, plan.levels))
+        elif plan.allocation == "none":
             low, high = weight_range(weight, recipe.weights, plan)
             scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)
             quantizer.set(quantize_tensor(weight, scale, zero_point, plan.grid, plan.granularity))

@@ -7,7 +7,7 @@ correction of biases, which needs the features of all images, is `reconstruction
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -64,7 +64,7 @@ def corrected_weight(weight: Tensor, q: QTensor, axis: int, variance: bool) -> t
         if not isinstance(q.granularity, PerChannel):
             want, got = want.sum(), got.sum()
         xi = torch.where((got > 0) & (want > 0), (want / got.clamp(min=1e-300)).sqrt(), 1.0)
-        q = QTensor(q.codes, (q.scale.double() * xi).float(), q.zero_point, q.grid, q.granularity)
+        q = replace(q, scale=(q.scale.double() * xi).float())
     return q, rows.mean(1) - q.dequantize().double().movedim(axis, 0).flatten(1).mean(1)
 
 

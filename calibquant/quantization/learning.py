@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calibquant.numerics.affine import QTensor, aligned, code_limits
 from calibquant.numerics.grid import Grid
+from calibquant.numerics.levels import levels_at, on_levels, places_of
 
 ZETA, GAMMA = 1.1, -0.1  # how far the hard sigmoid is stretched, so that it reaches 0 and 1
 BEGIN = 0.02, 0.98  # where a rounding begins that is not to the nearest code: never at 0.5, where it would be undecided
@@ -108,6 +109,63 @@ class DecidedRounding(SoftRounding):
     def soft(self) -> Tensor:
         """h, 0 or 1, the weight's shape."""
         return decided(torch.sigmoid(self.alpha))
+
+
+class LevelRounding(SoftRounding):
+    """The same between two neighbouring levels: value = scale * (low + h * (high - low)).
+
+    The two are the code and its neighbour on the weight's side; at first the value is the float weight, if its code is
+    the nearest level and it lies between the outermost ones.
+
+    Args:
+        weight: float32, any shape.
+        start: its codes, whose levels are kept, and its scale.
+    """
+
+    def __init__(self, weight: Tensor, start: QTensor) -> None:
+        nn.Module.__init__(self)
+        assert start.levels is not None
+        self.start, self.grid, self.granularity = start, start.grid, start.granularity
+        scale = aligned(start.scale, weight, start.granularity)
+        scaled, chosen = weight.detach() / scale, start.codes.to(weight.dtype)
+        count = start.levels.shape[-1]
+        place = places_of(start.codes, start.levels, start.granularity)
+        first = torch.where(scaled >= chosen, place, place - 1).clamp(0, count - 2)
+        low, high = (levels_at(first + k, start.levels, start.granularity).to(weight.dtype) for k in (0, 1))
+        gap = (high - low).clamp(min=1.0)  # equal levels fill up where a channel has fewer
+        fraction = ((scaled - low) / gap).clamp(*BEGIN)
+        nearest = on_levels(scaled, start.levels, start.granularity) == chosen
+        halfway = (fraction + (chosen > low).to(fraction)) / 2
+        fraction = torch.where(nearest, fraction, halfway)
+        self.register_buffer("scale", scale)
+        self.register_buffer("base", low)
+        self.register_buffer("gap", high - low)
+        self.gap: Tensor
+        self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1))
+        self.log_change = nn.Parameter(torch.zeros_like(scale), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        scale = self.scale * self.log_change.exp() if self.log_change.requires_grad else self.scale
+        return (self.base + self.soft() * self.gap) * scale
+
+    def hard(self) -> QTensor:
+        codes = self.base + (self.alpha >= 0) * self.gap
+        return replace(self.start, codes=codes.detach().to(self.grid.dtype), scale=self.hard_scale())
+
+
+class DecidedLevelRounding(LevelRounding):
+    """As `DecidedRounding`, between levels."""
+
+    def soft(self) -> Tensor:
+        """h, 0 or 1, the weight's shape."""
+        return decided(torch.sigmoid(self.alpha))
+
+
+def rounding_of(weight: Tensor, start: QTensor, always_decided: bool = False) -> SoftRounding:
+    """What learns a weight's rounding from where it stands."""
+    if start.levels is None:
+        return (DecidedRounding if always_decided else SoftRounding)(weight, start)
+    return (DecidedLevelRounding if always_decided else LevelRounding)(weight, start)
 
 
 def decided(share: Tensor) -> Tensor:

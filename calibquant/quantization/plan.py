@@ -15,6 +15,26 @@ from calibquant.recipe import Bits, QuantRecipe
 
 
 @dataclass(frozen=True)
+class LevelPlan:
+    """Levels in place of a uniform grid.
+
+    Args:
+        kind: "power-of-two", "apot", "ternary", "binary", "codebook" or "nuq".
+        count: of levels; a code takes ceil(log2(count)) bits.
+        own: each channel has levels of its own.
+    """
+
+    kind: str
+    count: int
+    own: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return max(1, (self.count - 1).bit_length())
+
+
+@dataclass(frozen=True)
 class TensorPlan:
     """How one tensor is quantized.
 
@@ -25,6 +45,7 @@ class TensorPlan:
         role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), "integer"
             (quantized by the integer placement only), or "bits" (the recipe names it in `bits`).
         allocation: how bits are shared among channels when calibrating: "none", "banner" or "optimal".
+        levels: of the codes where they are few of the grid's, which is that of signed 8 bits then.
     """
 
     grid: Grid
@@ -32,19 +53,27 @@ class TensorPlan:
     granularity: Granularity = PerTensor()  # noqa: RUF009  (a frozen value)
     role: str = "main"
     allocation: str = "none"
+    levels: LevelPlan | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored code."""
+        return self.grid.bits if self.levels is None else self.levels.bits
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
         axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
         row = {**asdict(self.grid), "symmetric": self.symmetric, "axis": axis, "role": self.role}
-        return row if self.allocation == "none" else {**row, "allocation": self.allocation}
+        row |= {} if self.allocation == "none" else {"allocation": self.allocation}
+        return row | ({} if self.levels is None else {"levels": asdict(self.levels)})
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorPlan:
         """Inverse of `to_json`."""
         granularity = PerTensor() if row["axis"] is None else PerChannel(row["axis"])
         grid, allocation = Grid(row["bits"], row["signed"]), row.get("allocation", "none")
-        return TensorPlan(grid, row["symmetric"], granularity, row["role"], allocation)
+        levels = LevelPlan(**row["levels"]) if "levels" in row else None
+        return TensorPlan(grid, row["symmetric"], granularity, row["role"], allocation, levels)
 
 
 @dataclass(frozen=True)
@@ -81,7 +110,8 @@ class QuantPlan:
             return replace(self, activations={**self.activations, name: plan})
         plan = self.weights[name]
         symmetric = plan.symmetric or only_symmetric(self.placement, bits)
-        plan = _shared_up_to_8_bits(replace(plan, grid=Grid(bits, signed=symmetric), symmetric=symmetric))
+        grid = Grid(bits, signed=symmetric)
+        plan = _shared_up_to_8_bits(replace(plan, grid=grid, symmetric=symmetric, levels=None))
         return replace(self, weights={**self.weights, name: plan})
 
 
@@ -281,12 +311,27 @@ def _site_of(node: fx.Node, main: list[str]) -> list[str]:
 def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     op = op_of(node)
     assert op is not None
-    bits = max(recipe.weights.bits, recipe.boundary_bits) if role == "boundary" else recipe.weights.bits
+    levels = _levels(node, recipe) if role == "main" else None
+    if levels is not None:
+        granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
+        return TensorPlan(Grid(8, signed=True), True, granularity, role, levels=levels)
+    narrow = 8 if recipe.weights.grid == "nuq" else recipe.weights.bits
+    bits = max(narrow, recipe.boundary_bits) if role == "boundary" else narrow
     symmetric = recipe.weights.symmetric or only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
     shared = role == "main" and op.kind is not Kind.LOOKUP
     allocation = recipe.weights.allocation if shared else "none"
     return TensorPlan(Grid(bits, signed=symmetric), symmetric, granularity, role, allocation)
+
+
+def _levels(node: fx.Node, recipe: QuantRecipe) -> LevelPlan | None:
+    """The levels of a weight; None for uniform ones. AMCT's NUQ leaves dilated and grouped convolutions uniform."""
+    settings = recipe.weights
+    plain = all(node.kwargs.get(key, 1) in (1, (1, 1), [1, 1]) for key in ("dilation", "groups"))
+    if settings.grid == "uniform" or (settings.grid == "nuq" and not plain):
+        return None
+    own = settings.grid == "codebook" and settings.codebook == "per_channel"
+    return LevelPlan(settings.grid, settings.level_count, own)
 
 
 def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
 from calibquant.numerics.grid import Grid, PerChannel
-from calibquant.quantization.learning import DecidedRounding, SoftRounding, kept_values, learned_fake_quantize
+from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize, rounding_of
 from calibquant.quantization.plan import TensorPlan
 
 
@@ -31,7 +31,8 @@ class WeightQuantizer(nn.Module):
         self.scale: Tensor
         self.zero_point: Tensor
         self.channel_bits: Tensor | None
-        for buffer in ("codes", "scale", "zero_point", "channel_bits"):
+        self.levels: Tensor | None
+        for buffer in ("codes", "scale", "zero_point", "channel_bits", "levels"):
             self.register_buffer(buffer, None)
 
     @property
@@ -42,7 +43,7 @@ class WeightQuantizer(nn.Module):
     def set(self, value: QTensor) -> None:
         """Take new codes, scale and zero point, and their grid."""
         self.codes, self.scale, self.zero_point = value.codes, value.scale, value.zero_point
-        self.grid, self.channel_bits = value.grid, value.channel_bits
+        self.grid, self.channel_bits, self.levels = value.grid, value.channel_bits, value.levels
 
     def get(self) -> QTensor:
         """The codes and what they mean.
@@ -52,7 +53,9 @@ class WeightQuantizer(nn.Module):
         """
         if self.codes is None:
             raise QuantizationError(self.name, "is not calibrated", "call calibrate first")
-        return QTensor(self.codes, self.scale, self.zero_point, self.grid, self.plan.granularity, self.channel_bits)
+        return QTensor(
+            self.codes, self.scale, self.zero_point, self.grid, self.plan.granularity, self.channel_bits, self.levels
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled.
@@ -65,7 +68,7 @@ class WeightQuantizer(nn.Module):
 
     def start_learning(self, weight: Tensor, decided: bool = False) -> SoftRounding:
         """From now on the rounding of `weight` is learned: a soft one, or one that is always decided."""
-        self.rounding = (DecidedRounding if decided else SoftRounding)(weight, self.get())
+        self.rounding = rounding_of(weight, self.get(), decided)
         return self.rounding
 
     def stop_learning(self) -> None:
@@ -226,4 +229,4 @@ def activation_affine(
 
 def mean_bits(plan: TensorPlan, channel_bits: Tensor | None) -> float:
     """Average bits of a tensor's channels, which have equally many values; the plan's where they do not differ."""
-    return plan.grid.bits if channel_bits is None else float(channel_bits.double().mean())
+    return plan.bits if channel_bits is None else float(channel_bits.double().mean())

@@ -10,6 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from calibquant.recipe.section import Positive, Section, conflict
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+GridKind = Literal["uniform", "power-of-two", "apot", "codebook", "nuq", "ternary", "binary"]
+_RANGES = {  # of bits
+    "power-of-two": (2, 4), "apot": (2, 6), "codebook": (1, 7), "nuq": (8, 8), "ternary": (2, 2), "binary": (1, 7),
+}  # fmt: skip
 Observer = Literal[
     "minmax", "moving-average", "percentile", "mse", "mse-batch", "mse-shrink", "kl",
     "aciq", "aciq-laplace", "aciq-gauss", "ifmr", "hfmg",
@@ -23,7 +27,16 @@ Boundary = Literal["brecq", "qdrop", "captq", "none"]
 class WeightRecipe(Section):
     """The weights' grid and how its range is found."""
 
-    bits: Bits = 4
+    bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, 16] = Field(default=4, description="1 with the grids codebook and binary")
+    grid: GridKind = Field(
+        default="uniform",
+        description="codebook: levels that fit the weight best; nuq: few of the levels of 8 bits; binary: 2^bits odd "
+        "numbers, ±1 for one bit; the boundary's and named weights stay uniform",
+    )
+    levels: int | None = Field(
+        default=None, ge=2, le=128, description="codebook: how many, none: 2^bits; nuq: how many of 256, none: 32"
+    )
+    codebook: Literal["per_tensor", "per_channel"] = Field(default="per_tensor", description="what shares levels")
     symmetric: bool = False
     granularity: Granularity = "per_channel"
     allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
@@ -35,6 +48,37 @@ class WeightRecipe(Section):
     rounding: Literal["nearest", "gram"] = Field(
         default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
     )
+
+    @property
+    def level_count(self) -> int:
+        """Levels of a grid that is not uniform."""
+        if self.levels is not None:
+            return self.levels
+        fixed = {"nuq": 32, "ternary": 3, "binary": 2**self.bits, "codebook": 2**self.bits}
+        return fixed.get(self.grid, 2**self.bits - 1)
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> WeightRecipe:
+        where = "quant.weights"
+        if self.grid == "uniform":
+            if self.bits == 1:
+                mend = "use the grid codebook or binary"
+                raise conflict(f"{where}.bits", "a uniform grid of 1 bit holds no sign", mend)
+            if self.levels is not None:
+                raise conflict(f"{where}.levels", "a uniform grid has 2^bits levels", "use the grid codebook or nuq")
+            return self
+        least, most = _RANGES[self.grid]
+        if not least <= self.bits <= most:
+            span = f"{least}" if least == most else f"{least} to {most}"
+            raise conflict(f"{where}.bits", f"{self.grid} has no grid of {self.bits} bits", f"use {span}")
+        if self.levels is not None and self.grid not in ("codebook", "nuq"):
+            raise conflict(f"{where}.levels", f"{self.grid} gives its levels itself", "leave levels out")
+        if self.allocation != "none":
+            raise conflict(f"{where}.allocation", f"shares bits of uniform grids, not of {self.grid}", "use none")
+        if self.codebook == "per_channel" and self.granularity != "per_channel":
+            mend = "set quant.weights.granularity=per_channel"
+            raise conflict(f"{where}.codebook", "gives each channel its levels", mend)
+        return self
 
 
 class ActivationRecipe(Section):
@@ -107,6 +151,8 @@ class QuantRecipe(Section):
 
     @model_validator(mode="after")
     def _allocatable(self) -> QuantRecipe:
+        if self.mixed is not None and self.weights.grid != "uniform":
+            raise conflict("quant.mixed", f"chooses bits of uniform grids, not of {self.weights.grid}", "leave it out")
         for name, part in (("weights", self.weights), ("activations", self.activations)):
             where = f"quant.{name}.allocation"
             if part.allocation != "none" and part.granularity != "per_channel":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -186,14 +186,14 @@ def rounded(weight: Tensor, start: QTensor, node: fx.Node, moments: Moments) -> 
     scales = torch.arange(zero.numel()).reshape(zero.shape)
     owner = product.rows(aligned(scales, cpu, start.granularity).expand(cpu.shape), groups)[:, :, 0]
     low, high = (limit - zero.reshape(-1).double() for limit in _limits(start))
-    grid = RowGrid(start.scale.cpu().reshape(-1).double(), low, high, owner)
+    levels = start.levels
+    if levels is not None:
+        levels = levels.cpu().double().reshape(-1, levels.shape[-1]).expand(zero.numel(), -1)
+    grid = RowGrid(start.scale.cpu().reshape(-1).double(), low, high, owner, levels)
     integers, grid = round_rows(product.rows(cpu, groups).double(), moments, grid)
     codes = product.weight(integers, cpu.shape) + aligned(zero, cpu, start.granularity)
     scale = grid.scale.float().reshape(start.scale.shape)
-    return QTensor(
-        codes.to(weight.device, start.grid.dtype), scale.to(weight.device), start.zero_point, start.grid,
-        start.granularity, start.channel_bits,
-    )  # fmt: skip
+    return replace(start, codes=codes.to(weight.device, start.grid.dtype), scale=scale.to(weight.device))
 
 
 def _limits(value: QTensor) -> tuple[Tensor | int, Tensor | int]:
