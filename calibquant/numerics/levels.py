@@ -8,7 +8,6 @@ while files hold the short codes. Levels are ascending; a code is a level's plac
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -177,13 +176,13 @@ def cluster(values: Floats, weights: Floats, count: int, whole: bool = False) ->
     centred = points - points.mean()  # so that sums of squares keep their digits
     sums = [np.concatenate([[0.0], np.cumsum(mass * centred**power)]) for power in (0, 1, 2)]
 
-    def costs(end: int) -> tuple[Floats, npt.NDArray[Any]]:
+    def costs(end: int) -> tuple[Floats, Floats]:
         """Error and level of each cluster start … end, for start = 0 … end."""
         m, s, q = (total[end + 1] - total[: end + 1] for total in sums)
         mean = s / m
-        level: Floats = np.rint(mean + points.mean()) - points.mean() if whole else mean
-        error: Floats = np.maximum(q - 2 * level * s + level**2 * m, 0.0)
-        return error, level
+        if whole:
+            mean = np.rint(mean + points.mean()) - points.mean()
+        return np.maximum(q - 2 * mean * s + mean**2 * m, 0.0), mean
 
     best = np.full((count + 1, n + 1), np.inf)
     best[0, 0] = 0.0
