@@ -210,7 +210,7 @@ def gathered(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
     mass = np.bincount(place, weights=weights, minlength=POINTS)
     total = np.bincount(place, weights=weights * values, minlength=POINTS)
     there = mass > 0
-    return total[there] / mass[there], mass[there]
+    return total[there] / mass[there], np.asarray(mass[there], dtype=np.float64)
 
 
 def ternary_scale(x: Floats) -> float:
