@@ -20,7 +20,10 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Presets, and framework-int8 and onnxruntime-int8, e.g. nearest,qdrop,framework-int8.")
     ] = "",
-    bits: Annotated[str, typer.Option(help="Bits of weights and activations, e.g. w4a4,w2a2.")] = "",
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations, e.g. w4a4,w2a2; of weights, 1..4.")] = "",
+    grids: Annotated[
+        str, typer.Option(help="Grids of the weights, each with each preset, e.g. uniform,apot,codebook,nuq,binary.")
+    ] = "",
     preset: Annotated[
         str | None, typer.Option(help="A study by name, which gives methods and bits: aciq-ablation.")
     ] = None,
@@ -40,7 +43,7 @@ def compare(
     with console.reporting(json) as reporter:
         compared, settings = study.chosen_study(preset, _words(methods), _words(bits))
         comparison = study.compare(
-            recipe, compared, settings, _seeds(seeds), baseline, overrides or [], out, jobs, reporter
+            recipe, compared, settings, _seeds(seeds), baseline, overrides or [], out, jobs, reporter, _words(grids)
         )
     if json:
         console.print_json(comparison.result)

@@ -23,16 +23,18 @@ from calibquant.recipe.quant import (
     Bits,
     Boundary,
     Granularity,
+    GridKind,
     MixedRecipe,
     Observer,
     Placement,
     QuantRecipe,
     WeightRecipe,
+    has_bits,
 )
 
 __all__ = [
     "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
-    "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "Granularity", "MixedRecipe", "ModelRecipe",
-    "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe", "Sampling",
-    "TrainRecipe", "WeightRecipe", "load_recipe", "make_recipe",
+    "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "Granularity", "GridKind", "MixedRecipe",
+    "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe",
+    "Sampling", "TrainRecipe", "WeightRecipe", "has_bits", "load_recipe", "make_recipe",
 ]  # fmt: skip

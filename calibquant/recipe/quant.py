@@ -24,6 +24,17 @@ Placement = Literal["integer", "academic"]
 Boundary = Literal["brecq", "qdrop", "captq", "none"]
 
 
+def has_bits(grid: GridKind, bits: int) -> bool:
+    """Whether there is a grid of that kind with so many bits.
+
+    Example:
+        >>> [has_bits("apot", 4), has_bits("apot", 8), has_bits("uniform", 1)]
+        [True, False, False]
+    """
+    least, most = _RANGES.get(grid, (2, 16))
+    return least <= bits <= most
+
+
 class WeightRecipe(Section):
     """The weights' grid and how its range is found."""
 
@@ -67,8 +78,8 @@ class WeightRecipe(Section):
             if self.levels is not None:
                 raise conflict(f"{where}.levels", "a uniform grid has 2^bits levels", "use the grid codebook or nuq")
             return self
-        least, most = _RANGES[self.grid]
-        if not least <= self.bits <= most:
+        if not has_bits(self.grid, self.bits):
+            least, most = _RANGES[self.grid]
             span = f"{least}" if least == most else f"{least} to {most}"
             raise conflict(f"{where}.bits", f"{self.grid} has no grid of {self.bits} bits", f"use {span}")
         if self.levels is not None and self.grid not in ("codebook", "nuq"):

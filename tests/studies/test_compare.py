@@ -25,7 +25,12 @@ CELLS = [("nearest", 1005), ("qdrop", 1005), ("nearest", 1006), ("qdrop", 1006)]
 def test_the_folder_holds_every_cell_and_the_results(finished: tuple[Comparison, Told]) -> None:
     comparison, _ = finished
     names = {f"{m}-{s}-seed{seed}" for m, seed in CELLS for s in ("w4a4", "w2a2")}
-    assert {p.name for p in comparison.folder.iterdir()} == names | {"compare.json", "compare.md", "recipe.yaml"}
+    assert {p.name for p in comparison.folder.iterdir()} == names | {
+        "compare.json",
+        "compare.md",
+        "compare.png",
+        "recipe.yaml",
+    }
     assert comparison.folder.name == "compare"
     assert json.loads((comparison.folder / "compare.json").read_text()) == comparison.result
     for cell in comparison.result["cells"]:

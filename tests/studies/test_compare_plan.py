@@ -37,6 +37,22 @@ def test_cells_are_methods_by_settings_by_seeds_with_pairs_together() -> None:
     assert str(study.cells[-1]) == "qdrop W2A8 seed 1006"
 
 
+def test_grids_multiply_methods_and_have_cells_where_there_are_bits() -> None:
+    study = plan(methods=["nearest", "qdrop"], grids=["uniform", "apot", "binary", "nuq"], bits=["1..2", "w8a8"])
+    assert [f"{cell.method} {cell.setting}" for cell in study.cells] == [
+        "nearest:binary W1A4", "qdrop:binary W1A4",
+        "nearest:uniform W2A4", "nearest:apot W2A4", "nearest:binary W2A4",
+        "qdrop:uniform W2A4", "qdrop:apot W2A4", "qdrop:binary W2A4",
+        "nearest:uniform W8A8", "nearest:nuq W8A8", "qdrop:uniform W8A8", "qdrop:nuq W8A8",
+    ]  # fmt: skip
+    cell = study.cells[-1]
+    assert (cell.recipe.quant.weights.grid, cell.recipe.reconstruct.method) == ("nuq", "qdrop")
+    assert cell.folder == Path("elsewhere/compare/qdrop-nuq-w8a8-seed1005")
+    assert study.baseline == "nearest:uniform"
+    again = plan(methods=list(study.methods), bits=["w1a4", "w2a4", "w8a8"])
+    assert again.cells == study.cells
+
+
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_cell_is_its_preset_at_the_bits_and_seed(method: str) -> None:
     (cell,) = plan(methods=[method], bits=["w3a5"], overrides=["seed=7", "calibration.batch_size=8"]).cells
@@ -95,7 +111,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no setting": ({"bits": []}, "bits: none is given"),
     "malformed setting": ({"bits": ["4"]}, "bits: '4' is no setting; write for example w4a4,w2a2"),
     "setting with more": ({"bits": ["w4a4x"]}, "bits: 'w4a4x' is no setting"),
-    "1 bit": ({"bits": ["w1a4"]}, "bits: 'w1a4' asks for 1 bits, which no grid has; use 2, 3, 4, 5, 6, 7, 8 or 16"),
+    "1 bit": ({"bits": ["w4a1"]}, "bits: 'w4a1' asks for 1 bits, which no grid has; use 2, 3, 4, 5, 6, 7, 8 or 16"),
+    "1 bit of uniform weights": ({"bits": ["w1a4"]}, "bits: no method has a grid of these bits; use other bits"),
+    "unknown grid": ({"grids": ["apto"]}, "grids: 'apto' is unknown; did you mean 'apot'"),
+    "unknown grid of a method": ({"methods": ["qdrop:apto"]}, "grids: 'apto' is unknown; did you mean 'apot'"),
+    "grid twice": ({"grids": ["apot", "apot"]}, "grids: 'apot' is given twice"),
     "12 bits": ({"bits": ["w4a12"]}, "bits: 'w4a12' asks for 12 bits"),
     "setting twice": ({"bits": ["w4a4", "W4A4"]}, "bits: 'w4a4' is given twice"),
     "0 seeds": ({"seeds": 0}, "seeds: 0 is no number of seeds; give 1 to 100, or a list with a comma"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe import PRESETS, Bits, Recipe, load_recipe, make_recipe
+from calibquant.recipe import PRESETS, Bits, GridKind, Recipe, has_bits, load_recipe, make_recipe
 from calibquant.studies.compare.cells import Cell, essence
 from calibquant.studies.external import METHODS
 
@@ -92,8 +92,9 @@ def make_study(
     overrides: Sequence[str],
     out: Path | None,
     jobs: int,
+    grids: Sequence[str] = (),
 ) -> Study:
-    """Plan a comparison; the arguments are those of `compare`.
+    """Plan a comparison; the arguments are those of `compare`. What has no grid of a setting's bits has no cell there.
 
     Raises:
         RecipeError: an argument is not valid, or methods do not differ with this recipe.
@@ -103,13 +104,18 @@ def make_study(
     if base.quant.mixed is not None:
         raise RecipeError(f"{WHERE}, quant.mixed", "the settings compared give the bits", "leave quant.mixed out")
     _check_names("methods", methods)
+    _check_names("grids", grids or ["uniform"])
+    methods = [m if m in METHODS else f"{m}:{grid}" for m in methods for grid in grids] if grids else methods
     for method in methods:
-        if method not in PRESETS and method not in METHODS:
-            raise RecipeError(f"{WHERE}, methods", f"'{method}' is unknown", nearest(method, [*PRESETS, *METHODS]))
+        preset, grid = preset_and_grid(method)
+        if preset not in PRESETS and method not in METHODS:
+            raise RecipeError(f"{WHERE}, methods", f"'{preset}' is unknown", nearest(preset, [*PRESETS, *METHODS]))
+        if grid is not None and grid not in get_args(GridKind):
+            raise RecipeError(f"{WHERE}, grids", f"'{grid}' is unknown", nearest(grid, get_args(GridKind)))
     baseline = baseline or methods[0]
     if baseline not in methods:
         raise RecipeError(f"{WHERE}, baseline", f"'{baseline}' is not compared", nearest(baseline, methods))
-    settings = [_parse_setting(text) for text in bits]
+    settings = [_parse_setting(text) for text in _spelled(bits, base.quant.activations.bits)]
     _check_names("bits", [f"w{w}a{a}" for w, a in settings])
     foreign = next((method for method in methods if method in METHODS), None)
     if foreign and FOREIGN_BITS not in settings:
@@ -127,10 +133,13 @@ def make_study(
         for weights, activations in settings
         for seed in chosen
         for method in methods
-        if method in PRESETS or (weights, activations) == FOREIGN_BITS
+        if _possible(base, method, weights, activations)
     ]
-    first = cells[0].setting, cells[0].seed
-    _check_methods(recipe, [c for c in cells if (c.setting, c.seed) == first and not c.foreign])
+    if not cells:
+        raise RecipeError(f"{WHERE}, bits", "no method has a grid of these bits", "use other bits or grids")
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        first = [c for c in cells if (c.setting, c.seed) == (setting, chosen[0]) and not c.foreign]
+        _check_methods(recipe, first)
     return Study(
         recipe=out / "recipe.yaml" if isinstance(recipe, Mapping) else Path(recipe),
         overrides=tuple(kept),
@@ -154,11 +163,41 @@ def _cell(
     source: Source, overrides: list[str], out: Path, method: str, weights: int, activations: int, seed: int
 ) -> Cell:
     # Other tools take network and images alone from the recipe; the rest of it says what is nearest to theirs.
-    preset = "int8" if method in METHODS else method
+    preset, grid = ("int8", None) if method in METHODS else preset_and_grid(method)
     fields = [f"preset={preset}", f"quant.weights.bits={weights}", f"quant.activations.bits={activations}"]
+    fields += [] if grid is None else [f"quant.weights.grid={grid}"]
     recipe = _load(source, [*overrides, *fields, f"seed={seed}"])
-    folder = out / f"{method}-w{weights}a{activations}-seed{seed}"
+    folder = out / f"{method.replace(':', '-')}-w{weights}a{activations}-seed{seed}"
     return Cell(method, seed, recipe.model_copy(update={"runs": folder}))
+
+
+def preset_and_grid(method: str) -> tuple[str, str | None]:
+    """A method's preset, and the grid of its weights where it names one.
+
+    Example:
+        >>> preset_and_grid("qdrop:apot"), preset_and_grid("qdrop")
+        (('qdrop', 'apot'), ('qdrop', None))
+    """
+    preset, _, grid = method.partition(":")
+    return preset, grid or None
+
+
+def _possible(base: Recipe, method: str, weights: int, activations: int) -> bool:
+    """Whether a method has a grid of so many bits."""
+    if method in METHODS:
+        return (weights, activations) == FOREIGN_BITS
+    grid = preset_and_grid(method)[1] or base.quant.weights.grid
+    return grid not in get_args(GridKind) or has_bits(grid, weights)  # type: ignore[arg-type]
+
+
+def _spelled(bits: Sequence[str], activations: int) -> list[str]:
+    """Settings, with a range such as 1..4 as weights of 1 to 4 bits beside the recipe's activations."""
+    found: list[str] = []
+    for text in bits:
+        match = re.fullmatch(r"(\d+)\.\.(\d+)", text.strip())
+        ends = (int(match[1]), int(match[2])) if match else None
+        found += [text] if ends is None else [f"w{n}a{activations}" for n in range(ends[0], ends[1] + 1)]
+    return found
 
 
 def _key(override: str) -> str:
@@ -188,8 +227,8 @@ def _parse_setting(text: str) -> tuple[int, int]:
     if match is None:
         raise RecipeError(f"{WHERE}, bits", f"'{text}' is no setting", "write for example w4a4,w2a2")
     allowed = get_args(Bits)
-    for number in map(int, match.groups()):
-        if number not in allowed:
+    for place, number in enumerate(map(int, match.groups())):
+        if number not in allowed and (place, number) != (0, 1):  # one bit is for weights
             mend = f"use {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
             raise RecipeError(f"{WHERE}, bits", f"'{text}' asks for {number} bits, which no grid has", mend)
     return int(match[1]), int(match[2])
@@ -217,7 +256,7 @@ def _check_methods(source: Source, cells: Sequence[Cell]) -> None:
             raise RecipeError(f"{where}, reconstruct.method", problem, "leave reconstruct.method out of the recipe")
     for one, other in combinations(cells, 2):
         if essence(one.recipe) == essence(other.recipe):
-            presets = _flat(PRESETS[one.method]), _flat(PRESETS[other.method])
+            presets = _flat(PRESETS[preset_and_grid(one.method)[0]]), _flat(PRESETS[preset_and_grid(other.method)[0]])
             hidden = sorted({*_hidden(one), *_hidden(other)})
             fields = [name for name in hidden if presets[0].get(name) != presets[1].get(name)]
             problem = f"the methods '{one.method}' and '{other.method}' are the same with it"
@@ -227,7 +266,7 @@ def _check_methods(source: Source, cells: Sequence[Cell]) -> None:
 def _hidden(cell: Cell) -> list[str]:
     """Fields that the method's preset sets and the recipe or an override sets otherwise."""
     effective = _flat(cell.recipe.model_dump())
-    preset = _flat(PRESETS[cell.method])
+    preset = _flat(PRESETS[preset_and_grid(cell.method)[0]])
     return [name for name, value in preset.items() if name not in TAKEN and effective[name] != value]
 
 

@@ -17,6 +17,7 @@ from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent
 from calibquant.runfolder import RunFolder, make_folder
 from calibquant.studies.compare.cells import CellResult, Way, complete, is_complete, read_result
+from calibquant.studies.compare.figure import pareto_png
 from calibquant.studies.compare.markdown import markdown, score_text
 from calibquant.studies.compare.planning import Source, Study, make_study
 from calibquant.studies.compare.predictions import PREDICTIONS
@@ -24,7 +25,7 @@ from calibquant.studies.compare.processes import complete_in_processes
 from calibquant.studies.compare.summary import summary
 from calibquant.studies.external import METHODS
 
-RESULT, PAGE = "compare.json", "compare.md"
+RESULT, PAGE, FIGURE = "compare.json", "compare.md", "compare.png"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Comparison:
     """A finished comparison.
 
     Args:
-        folder: holds compare.json, compare.md and a folder for each cell.
+        folder: holds compare.json, compare.md, compare.png (bytes against accuracy) and a folder for each cell.
         result: the content of compare.json.
     """
 
@@ -50,6 +51,7 @@ def compare(
     out: Path | None = None,
     jobs: int = 1,
     reporter: Reporter | None = None,
+    grids: Sequence[str] = (),
 ) -> Comparison:
     """Quantize by several methods, at several settings and with several seeds, and test the differences.
 
@@ -58,8 +60,9 @@ def compare(
 
     Args:
         recipe: a recipe file, or its fields; what it sets wins over what a method sets.
-        methods: names of presets, and of other tools' methods (`studies.external`), which do 8 bits alone.
-        bits: settings such as "w4a4".
+        methods: names of presets, as "qdrop" or with a grid of the weights as "qdrop:apot", and of other tools' methods
+            (`studies.external`), which do 8 bits alone.
+        bits: settings such as "w4a4", or "1..4" for weights of 1 to 4 bits beside the recipe's activations.
         seeds: how many, counted from the recipe's, or a list.
         baseline: the method that the others are tested against; None takes the first.
         overrides: dotted recipe keys, such as "reconstruct.iterations=2000".
@@ -67,6 +70,7 @@ def compare(
         jobs: cells at a time, each in a process of its own. A script that asks for more than one needs
             `if __name__ == "__main__":` around the call.
         reporter: hears of the cells.
+        grids: each preset is compared with each of these grids of its weights, at the settings where there is one.
 
     Raises:
         RecipeError: an argument is not valid, or methods do not differ with this recipe.
@@ -77,7 +81,7 @@ def compare(
         >>> comparison.result["tests"][0]["verdict"]  # doctest: +SKIP
         'better'
     """
-    study = make_study(recipe, methods, bits, seeds, baseline, overrides, out, jobs)
+    study = make_study(recipe, methods, bits, seeds, baseline, overrides, out, jobs, grids)
     open_set(study.cells[0].recipe, "evaluation")  # without it a study is refused before anything is written
     present = [i for i, cell in enumerate(study.cells) if is_complete(cell)]
     for method in {cell.method for i, cell in enumerate(study.cells) if cell.foreign and i not in present}:
@@ -150,5 +154,6 @@ class _Board:
         folder = RunFolder(self.study.out)
         folder.write_json(RESULT, self.result)
         folder.write(PAGE, markdown(self.result))
+        folder.write(FIGURE, pareto_png(self.result))
         where = f"cell {len(self.results)} of {len(self.study.cells)}"
         self.reporter.note(f"{where}, {result.cell}: {score_text(result.top1, result.agreement)}, {way}")
