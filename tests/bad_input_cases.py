@@ -179,7 +179,8 @@ CIFARS = [
 def bits(field: str, value: str) -> Case:
     """Bits that no grid has."""
     shown = value if value.isdigit() else f"'{value}'"
-    error = f"digits.yaml, quant.{field}: input should be 2, 3, 4, 5, 6, 7, 8 or 16; got {shown}$"
+    allowed = "1, 2, 3, 4, 5, 6, 7, 8 or 16" if field == "weights.bits" else "2, 3, 4, 5, 6, 7, 8 or 16"
+    error = f"digits.yaml, quant.{field}: input should be {allowed}; got {shown}$"
     return Case(f"{field}={value}", f"{D} quant.{field}={value}", error)
 
 
@@ -189,7 +190,15 @@ def unknown(key: str, hint: str) -> Case:
 
 
 RECIPES = [
-    *(bits("weights.bits", value) for value in ("0", "1", "9", "17", "four")),
+    *(bits("weights.bits", value) for value in ("0", "9", "17", "four")),
+    Case("one uniform bit", f"{D} quant.weights.bits=1",
+         "digits.yaml, quant.weights.bits: a uniform grid of 1 bit holds no sign; use the grid codebook or binary$"),
+    Case("no such grid", f"{D} quant.weights.grid=apto", "quant.weights.grid: input should be 'uniform', .*; got 'apto'"),
+    Case("eight bits of sums of powers", f"{D} quant.weights.grid=apot quant.weights.bits=8",
+         "digits.yaml, quant.weights.bits: apot has no grid of 8 bits; use 2 to 6$"),
+    Case("no such strategy", f"{D} calibration.strategy=herdng",
+         r"calibration.strategy: there is no strategy 'herdng'; did you mean 'herding'\?$"),
+    Case("no such manifest", f"{D} calibration.manifest=m.csv", "m.csv: cannot be read"),
     bits("activations.bits", "1"), bits("boundary_bits", "12"), bits("residual_bits", "eight"),
     unknown("sed", "seed"), unknown("modle", "model"), unknown("model.weight", "weights"),
     unknown("quant.weights.observr", "observer"), unknown("data.preprocess.stdd", "std"),

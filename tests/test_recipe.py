@@ -110,7 +110,7 @@ def test_the_yaml_writes_out_every_default() -> None:
         ({"data": {"preprocess": {"std": [1.0, 0.0]}}}, r"recipe, data.preprocess.std.1: .*greater than 0; got 0.0"),
         ({"data": {"preprocess": {"std": [float("inf")]}}}, "data.preprocess.std.0: .*finite"),
         ({"data": {"preprocess": {"mean": [float("nan")]}}}, "data.preprocess.mean.0: .*finite"),
-        ({"quant": {"weights": {"bits": True}}}, "quant.weights.bits: input should be 2, .*; got True"),
+        ({"quant": {"weights": {"bits": True}}}, "quant.weights.bits: input should be 1, .*; got 'True'"),
         ({1: 2}, "keys should be strings"),
     ],
 )

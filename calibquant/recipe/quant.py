@@ -60,6 +60,12 @@ class WeightRecipe(Section):
         default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
     )
 
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """YAML's true equals 1, but is no number of bits."""
+        return str(value) if isinstance(value, bool) else value
+
     @property
     def level_count(self) -> int:
         """Levels of a grid that is not uniform."""

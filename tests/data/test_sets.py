@@ -157,7 +157,7 @@ def test_a_manifest_of_files_is_a_list(tmp_path: Path, save_image: Save) -> None
     for name in ("train/x/a.png", "train/y/b.png", "train/y/c.png"):
         save_image(name, seed=ord(name[-5]))
     found = open_images(folder(tmp_path), "calibration")
-    manifest = make_manifest(found, [2, 0], "random", 7)
+    manifest = make_manifest(found, [2, 0], ["random", "random"], 7)
     again = csv_set(tmp_path, manifest_csv(manifest))
     assert [again.name(i) for i in range(2)] == ["train/y/c.png", "train/x/a.png"]
     assert again.labels().tolist() == [1, 0]

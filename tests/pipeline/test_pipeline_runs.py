@@ -194,8 +194,8 @@ def test_a_run_leaves_torchs_generator_alone(digits: Run, tmp_path: Path) -> Non
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_order_first_takes_the_first_images(fields: dict[str, Any]) -> None:
-    fields["calibration"] |= {"order": "first"}
+def test_the_strategy_first_takes_the_first_images(fields: dict[str, Any]) -> None:
+    fields["calibration"] |= {"strategy": "first"}
     assert manifest(calibquant.quantize(fields, small(), tensors())) == [f"tensor#{i}" for i in range(16)]
 
 
@@ -203,7 +203,7 @@ def test_range_count_sets_the_ranges_with_the_first_of_the_calibration_images(fi
     images = tensors()
     louder = TensorImages(torch.stack([images.image(i) * (1 if i < 6 else 50) for i in range(24)]))
     minmax = {"quant": {"activations": {"observer": "minmax"}}}
-    fields["calibration"] |= {"order": "first"}
+    fields["calibration"] |= {"strategy": "first"}
 
     def scales(source: TensorImages, **calibration: int) -> list[float]:
         run = calibquant.quantize(
@@ -250,7 +250,7 @@ def test_unreadable_images_are_skipped_and_named(
     total = 13 if spoil is vanish else 12
     fields |= {
         "data": {"root": str(pictures), "on_error": "skip", **kind},
-        "calibration": {"count": total, "order": "first", "batch_size": 2},
+        "calibration": {"count": total, "strategy": "first", "batch_size": 2},
     }
     listener = Listener()
     run = calibquant.quantize(fields, small(), reporter=listener)

@@ -133,8 +133,8 @@ def test_two_runs_are_byte_identical(by_method: dict[str, Run], weights: Path, t
 
 
 def test_another_seed_gives_another_network(by_method: dict[str, Run], weights: Path, tmp_path: Path) -> None:
-    other = run(weights, tmp_path, "qdrop", seed=3, calibration={"count": 72, "order": "first"})
-    same = run(weights, tmp_path, "qdrop", seed=4, calibration={"count": 72, "order": "first"})
+    other = run(weights, tmp_path, "qdrop", seed=3, calibration={"count": 72, "strategy": "first"})
+    same = run(weights, tmp_path, "qdrop", seed=4, calibration={"count": 72, "strategy": "first"})
     assert (other.folder / "manifest.csv").read_bytes() != (by_method["qdrop"].folder / "manifest.csv").read_bytes()
     losses = [[row["loss_after"] for row in r.metrics["units"]] for r in (other, same)]
     assert losses[0] != losses[1], "on the same images"

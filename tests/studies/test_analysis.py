@@ -64,7 +64,7 @@ def recipe(runs: Path, **quant: Any) -> Recipe:
         "activations": {"bits": 8, "observer": "minmax"},
     }  # fmt: skip
     tree = {
-        "calibration": {"count": 48, "order": "first"},
+        "calibration": {"count": 48, "strategy": "first"},
         "quant": {**fields, **quant},
         "runs": str(runs),
         "threads": 1,
