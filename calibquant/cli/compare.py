@@ -41,9 +41,18 @@ def compare(
     from calibquant.studies import compare as study
 
     with console.reporting(json) as reporter:
-        compared, settings = study.chosen_study(preset, _words(methods), _words(bits))
+        compared, settings = study.chosen_study(preset, console.words(methods), console.words(bits))
         comparison = study.compare(
-            recipe, compared, settings, _seeds(seeds), baseline, overrides or [], out, jobs, reporter, _words(grids)
+            recipe,
+            compared,
+            settings,
+            _seeds(seeds),
+            baseline,
+            overrides or [],
+            out,
+            jobs,
+            reporter,
+            console.words(grids),
         )
     if json:
         console.print_json(comparison.result)
@@ -52,16 +61,12 @@ def compare(
     console.out.print(f"Tests and costs: {comparison.folder / study.PAGE}")
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _seeds(text: str) -> int | list[int]:
     """A number of seeds, or with a comma the seeds themselves."""
     from calibquant.errors import RecipeError
 
     try:
-        return [int(word) for word in _words(text)] if "," in text else int(text)
+        return [int(word) for word in console.words(text)] if "," in text else int(text)
     except ValueError:
         mend = "give how many, or a list with a comma such as 1005,2005"
         raise RecipeError("calibquant compare, seeds", f"'{text}' is no number", mend) from None

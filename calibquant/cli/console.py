@@ -57,6 +57,11 @@ def reporting(quiet: bool) -> Iterator[ConsoleReporter | None]:
         yield ConsoleReporter(progress, out)
 
 
+def words(text: str) -> list[str]:
+    """The parts of a list with commas, e.g. w4a4, w2a2."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def print_json(value: Any) -> None:
     """A value as JSON on standard output, for machines."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -37,9 +37,18 @@ def study(
     from calibquant.studies import selection
 
     planned = selection.make_selection_study(
-        recipe, strategies.split(), _numbers("sizes", sizes), _words(bits), _draws(draws), _numbers("seeds", seeds),
-        baseline, _comparison(named), shift, overrides or [], out,
-    )  # fmt: skip
+        recipe,
+        strategies.split(),
+        _numbers("sizes", sizes),
+        console.words(bits),
+        _draws(draws),
+        _numbers("seeds", seeds),
+        baseline,
+        _comparison(named),
+        shift,
+        overrides or [],
+        out,
+    )
     with console.reporting(json) as reporter:
         found = selection.study_selection(planned, reporter)
     if json:
@@ -48,15 +57,11 @@ def study(
     console.out.print((found.folder / selection.PAGE).read_text(encoding="utf-8"), markup=False)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _numbers(what: str, text: str) -> list[int]:
     from calibquant.errors import RecipeError
 
     try:
-        return [int(word) for word in _words(text)]
+        return [int(word) for word in console.words(text)]
     except ValueError:
         mend = "give whole numbers separated by commas"
         raise RecipeError(f"calibquant study, {what}", f"'{text}' is no list of numbers", mend) from None

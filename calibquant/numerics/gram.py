@@ -10,6 +10,7 @@ Shapes: G groups of O rows (output channels) of K weights; float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,15 +80,16 @@ class RowGrid:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The nearest integers allowed, (G, O, K)."""
-        return self.nearest(weight / self.of(self.scale))
+        return self.nearest()(weight / self.of(self.scale))
 
-    def nearest(self, wanted: Tensor) -> Tensor:
-        """The nearest integers allowed to numbers (G, O, K), in units of the scales."""
+    def nearest(self) -> Callable[[Tensor], Tensor]:
+        """What gives the nearest integers allowed to numbers (G, O, K), in units of the scales."""
         if self.levels is None:
-            return torch.round(wanted).clamp(self.of(self.low), self.of(self.high))
+            low, high = self.of(self.low), self.of(self.high)
+            return lambda wanted: torch.round(wanted).clamp_(low, high)
         table = self.levels[self.owner]
         middle = ((table[..., 1:] + table[..., :-1]) / 2).contiguous()
-        return table.gather(2, torch.searchsorted(middle, wanted.contiguous()))
+        return lambda wanted: table.gather(2, torch.searchsorted(middle, wanted.contiguous()))
 
     def values(self, integers: Tensor) -> Tensor:
         """What integers (G, O, K) mean."""
@@ -139,13 +141,13 @@ def error_feedback(moments: Moments, grid: RowGrid) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
     left = _columns(moments.optimum(), order)
-    scale = grid.scale[grid.owner]
+    scale, nearest = grid.scale[grid.owner], grid.nearest()
     found = torch.empty_like(left)
     for start in range(0, left.shape[2], BLOCK):
         stop = min(start + BLOCK, left.shape[2])
         spoiled = left.new_empty(*left.shape[:2], stop - start)
         for k in range(start, stop):
-            found[:, :, k] = grid.nearest((left[:, :, k] / scale)[..., None])[..., 0]
+            found[:, :, k] = nearest((left[:, :, k] / scale)[..., None])[..., 0]
             error = (left[:, :, k] - found[:, :, k] * scale) / factor[:, k, k, None]
             left[:, :, k:stop] -= error[..., None] * factor[:, None, k, k:stop]
             spoiled[:, :, k - start] = error
@@ -165,7 +167,7 @@ def coordinate_descent(integers: Tensor, moments: Moments, grid: RowGrid) -> tup
         the integers, no row with a larger error, and how many changed.
     """
     integers = integers.clone()
-    scale = grid.scale[grid.owner]
+    scale, nearest = grid.scale[grid.owner], grid.nearest()
     curvature = moments.gram.diagonal(dim1=1, dim2=2)[:, None] * scale[..., None]
     reach = torch.where(curvature > TINY, 1 / curvature, 0).unbind(2)
     slope = moments.cross - grid.values(integers) @ moments.gram  # minus half the error's gradient
@@ -176,7 +178,7 @@ def coordinate_descent(integers: Tensor, moments: Moments, grid: RowGrid) -> tup
         gram = moments.gram[:, start:stop, start:stop].contiguous()
         for k in range(start, stop):
             here = integers[:, :, k]
-            best = grid.nearest(torch.addcmul(here, local[:, :, k - start], reach[k])[..., None])[..., 0]
+            best = nearest(torch.addcmul(here, local[:, :, k - start], reach[k])[..., None])[..., 0]
             move = (best - here).mul_(scale)
             here.copy_(best)
             local.baddbmm_(move[..., None], gram[:, k - start, None], alpha=-1)

@@ -101,6 +101,14 @@ def test_what_another_process_works_at_is_left_to_it(recipe: Path) -> None:
     assert study_selection(study).result["done"] == 2
 
 
+@pytest.mark.parametrize("change", [{"shift": "missing-class"}, {"overrides": ["calibration.batch_size=30"]}])
+def test_a_folder_holds_one_study(recipe: Path, change: dict[str, Any]) -> None:
+    study_selection(small(recipe, sizes=[8], draws=[0]))
+    with pytest.raises(CalibQuantError, match=r"plan.json: holds a study with another recipe or shift; name another"):
+        study_selection(small(recipe, sizes=[8], draws=[0], **change))
+    assert study_selection(small(recipe, sizes=[8], draws=[0, 1])).result["done"] == 4
+
+
 def cell(strategy: str, draw: int, seed: int, top1: float, size: int = 8) -> dict[str, Any]:
     return {
         "setting": "w2a2", "strategy": strategy, "size": size, "draw": draw, "seed": seed, "float_top1": 0.9,
@@ -193,7 +201,7 @@ def test_a_class_is_missing_and_another_in_the_next_draw() -> None:
         ({"sizes": [1]}, "sizes: 1 is too small"),
         ({"sizes": [8, 8]}, "sizes: one is given twice; give each once"),
         ({"draws": []}, "draws: none is given"),
-        ({"bits": ["w9a9"]}, "bits: 'w9a9' is no setting; write for example"),
+        ({"bits": ["w9a9"]}, "bits: 'w9a9' asks for 9 bits, which no grid has"),
         ({"named": ("class-balanced", 8)}, "'class-balanced:8' is no comparison of this study; name one"),
         ({"shift": "dusk"}, "shift: 'dusk' is unknown"),
     ],

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe import PRESETS, Bits, GridKind, Recipe, has_bits, load_recipe, make_recipe
+from calibquant.recipe import PRESETS, GridKind, Recipe, has_bits, load_recipe, make_recipe
 from calibquant.studies.compare.cells import Cell, essence
 from calibquant.studies.external import METHODS
+from calibquant.studies.settings import parse_setting
 
 Source = str | Path | Mapping[str, Any]
 WHERE = "calibquant compare"
@@ -115,7 +116,7 @@ def make_study(
     baseline = baseline or methods[0]
     if baseline not in methods:
         raise RecipeError(f"{WHERE}, baseline", f"'{baseline}' is not compared", nearest(baseline, methods))
-    settings = [_parse_setting(text) for text in _spelled(bits, base.quant.activations.bits)]
+    settings = [parse_setting(text, WHERE) for text in _spelled(bits, base.quant.activations.bits)]
     _check_names("bits", [f"w{w}a{a}" for w, a in settings])
     foreign = next((method for method in methods if method in METHODS), None)
     if foreign and FOREIGN_BITS not in settings:
@@ -219,19 +220,6 @@ def _check_names(what: str, names: Sequence[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RecipeError(f"{WHERE}, {what}", f"'{twice}' is given twice", "give each once")
-
-
-def _parse_setting(text: str) -> tuple[int, int]:
-    """Bits of weights and activations from a text such as w4a4."""
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise RecipeError(f"{WHERE}, bits", f"'{text}' is no setting", "write for example w4a4,w2a2")
-    allowed = get_args(Bits)
-    for place, number in enumerate(map(int, match.groups())):
-        if number not in allowed and (place, number) != (0, 1):  # one bit is for weights
-            mend = f"use {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
-            raise RecipeError(f"{WHERE}, bits", f"'{text}' asks for {number} bits, which no grid has", mend)
-    return int(match[1]), int(match[2])
 
 
 def _parse_seeds(seeds: int | Sequence[int], first: int) -> tuple[int, ...]:

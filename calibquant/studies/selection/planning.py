@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe import Bits, Recipe, load_recipe
+from calibquant.recipe import Recipe, load_recipe
 from calibquant.selection import parse_strategy
+from calibquant.studies.settings import parse_setting
 
 WHERE = "calibquant study"
 POOL = 10_000  # candidates of a draw, where the recipe gives no number
@@ -100,7 +100,7 @@ class SelectionStudy:
 
     def recipe_of(self, cell: Cell) -> Recipe:
         """The recipe of a cell, which calibrates with the images that it is given."""
-        weights, activations = parse_setting(cell.setting)
+        weights, activations = parse_setting(cell.setting, WHERE)
         quant = self.recipe.quant
         return self.recipe.model_copy(
             update={
@@ -149,7 +149,7 @@ def make_selection_study(
     for strategy in strategies:
         parse_strategy(strategy)
     for setting in bits:
-        parse_setting(setting)
+        parse_setting(setting, WHERE)
     if baseline not in strategies:
         raise RecipeError(f"{WHERE}, baseline", f"'{baseline}' is not studied", nearest(baseline, strategies))
     if named is not None and (named[0] not in strategies or named[0] == baseline or named[1] not in sizes):
@@ -168,18 +168,6 @@ def make_selection_study(
         Path(recipe), tuple(overrides), loaded, tuple(strategies), tuple(sizes), tuple(s.lower() for s in bits),
         tuple(draws), tuple(seeds), baseline, named, shift, loaded.runs / "selection" if out is None else out,
     )  # fmt: skip
-
-
-def parse_setting(text: str) -> tuple[int, int]:
-    """Bits of weights and activations from a text such as w2a2.
-
-    Raises:
-        RecipeError: it is none.
-    """
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip(), re.IGNORECASE)
-    if match is None or not {int(match[1]), int(match[2])} <= set(get_args(Bits)):
-        raise RecipeError(f"{WHERE}, bits", f"'{text}' is no setting", "write for example w4a4,w2a2")
-    return int(match[1]), int(match[2])
 
 
 def _joined(values: Sequence[object]) -> str:

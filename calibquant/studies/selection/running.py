@@ -14,6 +14,7 @@ from typing import Any
 
 from calibquant.data import ImageSet, find_images, make_manifest, manifest_csv, read_manifest
 from calibquant.data.augment import black_of
+from calibquant.errors import RecipeError
 from calibquant.parallel import set_threads
 from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
@@ -21,12 +22,13 @@ from calibquant.pipeline.reporting import Silent
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.runfolder import RunFolder, make_folder, write_atomic
 from calibquant.selection import Pool, needs_of, select
+from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
 from calibquant.studies.selection.planning import Cell, SelectionStudy
 from calibquant.studies.selection.shifting import shifted_candidates
 from calibquant.studies.selection.summary import summary
 
-RESULT, PAGE, FIGURE = "selection.json", "selection.md", "selection.png"
+RESULT, PAGE, FIGURE, PLAN = "selection.json", "selection.md", "selection.png", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
     set_threads(study.recipe.threads)
     for name in ("manifests", "cells"):
         make_folder(study.out / name)
+    _check_same(study)
     cells, draw = study.cells, _Draw(study, study.draws[0], reporter)
     for number, cell in enumerate(cells, start=1):
         if cell.draw != draw.number:
@@ -79,6 +82,20 @@ def write_summary(study: SelectionStudy) -> dict[str, Any]:
     folder.write(PAGE, page(result))
     folder.write(FIGURE, figure_png(result))
     return result
+
+
+def _check_same(study: SelectionStudy) -> None:
+    """What the folder holds is of this recipe and shift; cells do not say so themselves.
+
+    Raises:
+        RecipeError: it is of another.
+    """
+    plan = json.dumps({"shift": study.shift, "recipe": essence(study.recipe)}, sort_keys=True, indent=1, default=str)
+    path = study.out / PLAN
+    if path.is_file() and path.read_text(encoding="utf-8") != plan:
+        problem = "holds a study with another recipe or shift"
+        raise RecipeError(path, problem, "name another folder with --out, or repeat that study's command")
+    write_atomic(path, plan.encode())
 
 
 def _path(study: SelectionStudy, cell: Cell) -> Path:
