@@ -1,6 +1,7 @@
 """A network that `calibquant train` made at 16, 8, 4 and 2 bits: ours beside ptq_resnet20's way.
 
-    OMP_NUM_THREADS=1 python benchmarks/trained.py --data DATA --training RUN [--settings w2a2 …] [--seeds 1005 …]
+    OMP_NUM_THREADS=1 python benchmarks/trained.py --data DATA --training RUN [--settings w2a2 …] [--ways …]
+        [--seeds 1005 …]
 
 RUN is the folder of a training; DATA holds cifar-10-batches-bin/. ptq_resnet20's way is its observers, its number of
 images and no boundary rule on the same network; its published table is of its own, wider one.
@@ -20,9 +21,11 @@ from calibquant.recipe import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = ("w16a16", "w8a8", "w4a4", "w2a2")
-WAYS = {
-    "CalibQuant": "{name}-cifar10/{setting}.yaml",
-    "ptq_resnet20's way": "reference/ptq-resnet20/{setting}.yaml",
+# Way -> recipe, further keys, settings.
+WAYS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "CalibQuant": ("{name}-cifar10/{setting}.yaml", (), SETTINGS),
+    "CalibQuant, best": ("{name}-cifar10/{setting}.yaml", ("preset=best",), ("w4a4", "w2a2")),
+    "ptq_resnet20's way": ("reference/ptq-resnet20/{setting}.yaml", (), SETTINGS),
 }
 # README of ptq_resnet20, on its wide ResNet-20 (float 91.53): accuracy, macro precision, recall, F1.
 PUBLISHED = {
@@ -38,8 +41,9 @@ def scores_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 def measure(way: str, setting: str, seed: int, given: Any, training: dict[str, Any]) -> dict[str, Any]:
     name = "resnet20" if training["model"] == "cifar_resnet20" else "wide-resnet20"
-    file = CONFIGS / WAYS[way].format(name=name, setting=setting)
-    recipe = load_recipe(file, [
+    file, keys, _ = WAYS[way]
+    recipe = load_recipe(CONFIGS / file.format(name=name, setting=setting), [
+        *keys,
         f"model.name={training['model']}", f"model.weights={given.training / 'weights.safetensors'}",
         f"data.root={given.data}", f"runs={given.runs}", f"threads={given.threads}", f"seed={seed}",
         "export.onnx=false",
@@ -88,6 +92,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--training", type=Path, required=True)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1005])
     given = parser.parse_args()
     metrics = json.loads((given.training / "metrics.json").read_text(encoding="utf-8"))
@@ -96,7 +101,7 @@ def main() -> None:
     path = common.RESULTS / "trained.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     for setting in given.settings:
-        for way in WAYS:
+        for way in (w for w in given.ways if setting in WAYS[w][2]):
             for seed in given.seeds:
                 rows = [r for r in rows if (r["way"], r["setting"], r["seed"]) != (way, setting, seed)]
                 rows.append(measure(way, setting, seed, given, training))

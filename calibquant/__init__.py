@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calibquant.evaluation import evaluate
     from calibquant.export.artifact import load
     from calibquant.graph import capture
-    from calibquant.pipeline import Run, judge, quantize, select, train
+    from calibquant.pipeline import Run, finetune, judge, quantize, select, train
     from calibquant.quantization import QuantModel, QuantPlan
     from calibquant.recipe import Recipe, load_recipe
 
@@ -31,6 +31,7 @@ _HOME = {
     "TensorImages": "data",
     "capture": "graph",
     "evaluate": "evaluation",
+    "finetune": "pipeline",
     "judge": "pipeline",
     "load": "export.artifact",
     "load_recipe": "recipe",
@@ -41,8 +42,8 @@ _HOME = {
 }
 
 __all__ = [
-    "CalibQuantError", "QuantModel", "QuantPlan", "Recipe", "Run", "TensorImages", "capture", "evaluate", "judge",
-    "load", "load_recipe", "open_images", "quantize", "select", "train",
+    "CalibQuantError", "QuantModel", "QuantPlan", "Recipe", "Run", "TensorImages", "capture", "evaluate",
+    "finetune", "judge", "load", "load_recipe", "open_images", "quantize", "select", "train",
 ]  # fmt: skip
 
 

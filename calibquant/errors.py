@@ -52,6 +52,10 @@ class RunFolderError(CalibQuantError):
     """A run folder or one of its files cannot be written or read."""
 
 
+class ParallelError(CalibQuantError):
+    """The processes of a job cannot work together."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the known word closest to `name`, or the known words when none is close.
 

@@ -1,20 +1,34 @@
-"""Threads, memory and devices: the only place that asks torch where and how wide to run."""
+"""Threads, memory, devices and processes: the only place that asks torch where and how wide to run.
+
+Under torchrun each process holds the whole network and its share of the images; see docs/scaling.md. Alone, a process
+has all images, and whatever speaks to the others returns what it was given.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from calibquant.errors import RecipeError
+from calibquant.errors import ParallelError, RecipeError
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
 VALUES_AT_ONCE = 3 << 19  # numbers in the images of a batch: ten images of 3 x 224 x 224
 LARGEST_KEPT = 256 << 20  # bytes; a larger tensor, such as all images' features, goes back to the system when freed
+
+_LOST = ("gloo", "nccl", "connection", "peer")  # words of torch's errors when another process is gone
+
+Value = TypeVar("Value")
 
 
 def set_threads(count: int | None) -> int:
@@ -85,6 +99,8 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{_local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -97,3 +113,115 @@ def resolve_device(name: str) -> torch.device:
     if not present.get(device.type, False):
         raise RecipeError("device", f"this machine has no '{name}'", "use device=auto or device=cpu")
     return device
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within the context the processes that torchrun started know each other; without torchrun nothing happens.
+
+    GPUs speak by NCCL and CPUs by gloo.
+
+    Raises:
+        ParallelError: the others cannot be reached, or one of them is lost on the way.
+    """
+    started = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started or dist.is_initialized():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(_local_rank())
+    with _speaking():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        with _speaking():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them; the first one, 0, writes and speaks."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def share(count: int) -> range:
+    """Which of `count` things are this process's: neighbours, so that the shares in order are all of them once.
+
+    Example:
+        >>> share(5)
+        range(0, 5)
+    """
+    return range(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def every(value: Value) -> list[Value]:
+    """The values of all processes, in their order; they are pickled among processes of one job."""
+    if world() == 1:
+        return [value]
+    found: list[Value | None] = [None] * world()
+    with _speaking():
+        dist.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
+def first(value: Value) -> Value:
+    """The first process's value."""
+    if world() == 1:
+        return value
+    found = [value]
+    with _speaking():
+        dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def total(number: float) -> float:
+    """The sum of all processes' numbers, the same in each."""
+    return sum(every(number)) if world() > 1 else number
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give each parameter the sum of its gradients over all processes; one without a gradient counts as zero."""
+    if world() == 1:
+        return
+    chosen = list(parameters)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
+    flat = torch.cat([g.reshape(-1) for g in found])
+    with _speaking():
+        dist.all_reduce(flat)
+    for parameter, part in zip(chosen, flat.split([g.numel() for g in found]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def align(network: nn.Module) -> None:
+    """Give every process the first one's buffers: each finds statistics of BatchNorm on its own images."""
+    if world() > 1:
+        with _speaking():
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def synchronized(network: nn.Module) -> nn.Module:
+    """A network whose gradients become the mean over all processes in backward; alone, the network itself."""
+    return network if world() == 1 else DistributedDataParallel(network, broadcast_buffers=False)
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """What torch raises when another process is gone becomes an error with a mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _LOST):
+            raise
+        where, mend = f"process {os.environ.get('RANK', '?')}", "start the job again with --resume"
+        raise ParallelError(where, "lost another process, whose own message says why", mend) from error
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

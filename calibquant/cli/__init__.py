@@ -13,6 +13,7 @@ from calibquant.cli.compare import compare
 from calibquant.cli.demo import demo
 from calibquant.cli.evaluate import evaluate
 from calibquant.cli.export import export
+from calibquant.cli.finetune import finetune
 from calibquant.cli.inspect import inspect
 from calibquant.cli.judge import judge
 from calibquant.cli.quantize import quantize
@@ -36,6 +37,7 @@ for command in (
     select,
     judge,
     quantize,
+    finetune,
     evaluate,
     inspect,
     analyze,

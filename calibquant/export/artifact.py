@@ -235,13 +235,7 @@ def load_artifact(folder: RunFolder) -> QuantModel:
 def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantModel:
     if description["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {description['format_version']} is not {FORMAT_VERSION}")
-    rows = description["weights"]
-    plan = QuantPlan(
-        {name: TensorPlan.from_json(row) for name, row in rows.items()},
-        {row["node"]: TensorPlan.from_json(row) for row in description["activations"]},
-        description["placement"],
-        description["boundary"],
-    )
+    rows, plan = description["weights"], plan_of(description)
     codes = {name: _read_weight(stored, name, tuple(rows[name]["shape"]), p) for name, p in plan.weights.items()}
     names = [row["parameter"] for row in description["nodes"] if row["op"] == "get_attr"]
     tensors = {name: codes[name].dequantize() if name in codes else stored[name] for name in names}
@@ -250,6 +244,20 @@ def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantMod
         raise ValueError("it plans quantizers for nodes that are not there")
     restore(model, stored)
     return model
+
+
+def plan_of(description: dict[str, Any]) -> QuantPlan:
+    """The plan that graph.json holds.
+
+    Raises:
+        KeyError, TypeError: it is no such description.
+    """
+    return QuantPlan(
+        {name: TensorPlan.from_json(row) for name, row in description["weights"].items()},
+        {row["node"]: TensorPlan.from_json(row) for row in description["activations"]},
+        description["placement"],
+        description["boundary"],
+    )
 
 
 def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:

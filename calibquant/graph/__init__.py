@@ -3,6 +3,8 @@
 from calibquant.graph.capture import capture
 from calibquant.graph.equalization import Equalization, equalize
 from calibquant.graph.folding import fold_batch_norm, with_biases
-from calibquant.graph.units import Unit, units
+from calibquant.graph.units import Unit, units, whole_network
 
-__all__ = ["Equalization", "Unit", "capture", "equalize", "fold_batch_norm", "units", "with_biases"]
+__all__ = [
+    "Equalization", "Unit", "capture", "equalize", "fold_batch_norm", "units", "whole_network", "with_biases",
+]  # fmt: skip

@@ -132,3 +132,12 @@ def _common_name(weights: list[str]) -> str:
             break
         common.append(parts[0])
     return ".".join(common) or f"{weights[0].removesuffix('.weight')}…{weights[-1].removesuffix('.weight')}"
+
+
+def whole_network(graph: fx.Graph) -> Unit:
+    """A network with one input and one output as a unit."""
+    inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+    nodes = tuple(n.name for n in graph.nodes if n.op == "call_function")
+    (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
+    weights = dict.fromkeys(name for unit in units(graph, "layer") for name in unit.weights)
+    return Unit("network", inputs[0], output.name, nodes, tuple(weights))

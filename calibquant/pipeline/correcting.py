@@ -64,7 +64,7 @@ def equalized(recipe: Recipe, prepared: Prepared, reporter: Reporter) -> tuple[P
 
 def with_room(recipe: Recipe, prepared: Prepared) -> Prepared:
     """The network with a bias at every product, where the recipe corrects or learns biases."""
-    learned = any(phase.rates.bias for phase in phases(recipe.reconstruct))
+    learned = recipe.finetune is not None or any(phase.rates.bias for phase in phases(recipe.reconstruct))
     return replace(prepared, teacher=with_biases(prepared.teacher)) if learned or corrects(recipe) else prepared
 
 

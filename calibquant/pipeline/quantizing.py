@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from calibquant import parallel
 from calibquant.data import ImageSet, manifest_csv
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import set_threads
-from calibquant.pipeline.checkpoint import load_checkpoint
+from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.correcting import corrects
+from calibquant.pipeline.finetuning import adopt, adopt_plan, adopted_plan, finetune_network, measure_before
+from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
 from calibquant.pipeline.stages import (
@@ -33,7 +36,7 @@ from calibquant.pipeline.stages import (
 from calibquant.pipeline.writing import run_metrics, run_stem, write_run
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import RunFolder, final_path, interrupted_run, new_run
+from calibquant.runfolder import CHECKPOINT, RunFolder, final_path, interrupted_run, new_run, open_run
 from calibquant.zoo import regularizer_of
 
 
@@ -84,9 +87,49 @@ def quantize(
         'W4A4'
     """
     recipe = with_network_defaults(recipe if isinstance(recipe, Recipe) else make_recipe(recipe))
-    with new_run(recipe.runs, run_stem(recipe, network, recipe.setting.lower())) as folder:
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, recipe.setting.lower()))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent())
+
+
+def finetune(
+    start: Path,
+    overrides: list[str] | None = None,
+    network: nn.Module | None = None,
+    calibration: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Train the quantized network of a finished run further, and leave a run folder of its own.
+
+    A recipe with a section `finetune` does the same at the end of `quantize`.
+
+    Args:
+        start: the run; its codes, scales and biases are where training begins.
+        overrides: dotted recipe keys, e.g. finetune.epochs=10; without a section `finetune` its defaults hold.
+        network, calibration, evaluation, reporter: as `quantize` takes them; all calibration images are trained on.
+
+    Raises:
+        CalibQuantError: something about the run, its network or images, or the loss diverges.
+
+    Example:
+        >>> import calibquant, torch
+        >>> layers = torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        >>> net = torch.nn.Sequential(*layers)
+        >>> images = calibquant.TensorImages(torch.rand(64, 3, 2, 2))
+        >>> run = calibquant.quantize({"calibration": {"count": 32}}, net, images)
+        >>> trained = calibquant.finetune(run.folder, ["finetune.epochs=1"], net, images)
+        >>> len(trained.metrics["finetune"]["epochs"])
+        1
+    """
+    done = open_run(start)
+    recipe = run_recipe(done, overrides)
+    if recipe.finetune is None:
+        recipe = run_recipe(done, ["finetune.epochs=5", *(overrides or [])])
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, f"{recipe.setting.lower()}-qat"))) as folder:
+        folder.write("recipe.yaml", recipe.to_yaml())
+        adopt_plan(folder, start)
+        return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent(), start)
 
 
 def with_network_defaults(recipe: Recipe) -> Recipe:
@@ -103,12 +146,14 @@ def resume(
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
+    overrides: list[str] | None = None,
 ) -> Run:
-    """Go on with a run that was interrupted while it reconstructed; it ends as if it had not been.
+    """Go on with a run that was interrupted while it learned; it ends as if it had not been.
 
     Args:
         run: the folder that the run would have left.
         network, calibration, evaluation, reporter: as `quantize` got them.
+        overrides: dotted recipe keys to go on with other settings, e.g. a lower finetune.lr after a loss that diverged.
 
     Raises:
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
@@ -116,30 +161,42 @@ def resume(
     Example:
         >>> calibquant.pipeline.resume(Path("runs/cifar_resnet20-w2a2-001"))  # doctest: +SKIP
     """
-    with interrupted_run(run) as folder:
-        return _run(folder, run_recipe(folder), (network, calibration, evaluation), reporter or Silent())
+    with run_folder(lambda: interrupted_run(run)) as folder:
+        return _run(folder, run_recipe(folder, overrides), (network, calibration, evaluation), reporter or Silent())
 
 
-def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> Run:
-    threads, steps = set_threads(recipe.threads), Steps(reporter, step_names(recipe))
+def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
+    threads, plan = set_threads(recipe.threads), adopted_plan(folder)
+    steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
     with log_to(folder):
-        job = open_job(recipe, live, steps, folder)
-        progress = load_checkpoint(folder, job.model, manifest_csv(job.prepared.manifest))
+        job = open_job(recipe, live, steps, folder, plan)
+        manifest = manifest_csv(job.prepared.manifest)
+        progress = load_checkpoint(folder, job.model, manifest)
         if progress is None:
-            progress = calibrate(job)
+            if start is None:
+                progress = calibrate(job)
+            else:
+                adopt(job, start)
+                progress = Progress([], settle(job), dict(steps.seconds))
+                save_checkpoint(folder, job.model, manifest, progress)
         else:
             steps.seconds.update(progress.seconds)
             layers = f"{len(progress.layers)} rounded layers and " if rounds(recipe) else ""
             note(reporter, f"going on after {layers}{len(progress.reports)} reconstructed units")
             job.model.to(job.device)
-        if rounds(recipe) and not progress.reports:
+        if own and rounds(recipe) and not progress.reports:
             progress = round_again(job, folder, progress)
-        if learns(recipe):
+        if own and learns(recipe):
             progress = learn(job, folder, progress)
-        if corrects(recipe):
+        if recipe.finetune is not None and not (folder.path / CHECKPOINT).is_file():
+            save_checkpoint(folder, job.model, manifest, progress)  # what a run goes on from that is stopped later
+        if own and corrects(recipe):
             correct_all(job, folder)
+        if recipe.finetune is not None:
+            measure_before(job)
+            finetune_network(job, folder, live)
         after = None
-        if rounds(recipe) or learns(recipe) or corrects(recipe):
+        if rounds(recipe) or learns(recipe) or corrects(recipe) or recipe.finetune is not None:
             with steps.time("accumulation_after"):
                 after = settle(job)
         float_result, quantized = evaluate_both(job)
@@ -153,4 +210,4 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> R
             machine = {"threads": threads, "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
             folder.remove("checkpoint*")
-    return Run(final_path(folder.path), job.model, metrics, quantized)
+    return Run(parallel.first(final_path(folder.path)), job.model, metrics, quantized)

@@ -20,11 +20,12 @@ from calibquant.data import (
     read_manifest,
 )  # fmt: skip
 from calibquant.errors import DataError
+from calibquant.numerics.distance import output_loss
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.reporting import Reporter, note
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import Recipe
-from calibquant.reconstruction import output_loss, round_weights
+from calibquant.reconstruction import round_weights
 from calibquant.selection import Needs, Pool, labelled_pool, needs_of, parse_strategy, score_pool, select
 
 SKETCH_SEED = 0  # of the random filters: the same for all, so that pools can be compared

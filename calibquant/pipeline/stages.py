@@ -24,7 +24,14 @@ from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
 from calibquant.pipeline.run_inputs import entering
-from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan
+from calibquant.quantization import (
+    QuantModel,
+    QuantPlan,
+    calibrate_activations,
+    calibrate_weights,
+    fit_biases,
+    make_plan,
+)
 from calibquant.recipe import Recipe, ReconstructRecipe
 from calibquant.reconstruction import (
     LayerReport,
@@ -41,8 +48,8 @@ CHOSEN = "checkpoint-manifest.csv"  # calibration images, for a run that goes on
 MIXED = "checkpoint-mixed.json"  # chosen bits, for a run that goes on
 PLANNED = "checkpoint-planned.json"  # iterations that fit the time, for a run that goes on
 STEPS = (
-    "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_float",
-    "evaluate_quantized", "export", "write",
+    "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_start",
+    "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
@@ -77,14 +84,19 @@ class Steps:
         self.seconds[name] = round(before + time.perf_counter() - start, 3)
 
 
-def step_names(recipe: Recipe) -> tuple[str, ...]:
-    """The steps of a run."""
+def step_names(recipe: Recipe, adopted: bool = False) -> tuple[str, ...]:
+    """The steps of a run; one that goes on from a finished run has `adopted` what that one found."""
+    own, trained = not adopted, recipe.finetune is not None
     asked = {
         "equalize": recipe.quant.equalize,
-        "mixed": recipe.quant.mixed is not None,
-        "gram": rounds(recipe),
-        "reconstruct": learns(recipe),
-        "correct": corrects(recipe),
+        "mixed": own and recipe.quant.mixed is not None,
+        "weights": own,
+        "activations": own,
+        "gram": own and rounds(recipe),
+        "reconstruct": own and learns(recipe),
+        "correct": own and corrects(recipe),
+        "evaluate_start": trained,
+        "finetune": trained,
         "export": recipe.export.onnx,
     }
     return tuple(name for name in STEPS if asked.get(name, True))
@@ -130,7 +142,9 @@ class Job:
         return self.prepared.mount(part).to(self.device)
 
 
-def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None = None) -> Job:
+def open_job(
+    recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None = None, plan: QuantPlan | None = None
+) -> Job:
     """Open the network and the images, and plan the quantized network.
 
     Args:
@@ -138,6 +152,7 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
         live: network and images in place of the recipe's.
         steps: of the run.
         folder: of the run, which keeps what takes long to choose for a run that goes on.
+        plan: of a finished run, in place of the recipe's.
 
     Raises:
         CalibQuantError: something about the recipe, network or images.
@@ -156,11 +171,12 @@ def open_job(recipe: Recipe, live: Live, steps: Steps, folder: RunFolder | None 
         with steps.begin("equalize", "Equalize the weight ranges of neighbouring layers"):
             prepared, facts["equalization"] = equalized(recipe, prepared, steps.reporter)
     prepared = with_room(recipe, prepared)
-    if quant.mixed is not None:
+    if quant.mixed is not None and plan is None:
         with steps.begin("mixed", "Choose the bits of single tensors"):
             mixture = _mixture(folder, recipe, prepared, device, steps.reporter)
         quant, facts["mixed"] = quant.model_copy(update={"bits": {**quant.bits, **mixture.bits}}), mixture.report
-    model = QuantModel(prepared.teacher.to(device), make_plan(prepared.teacher, quant), quant.activations.dynamic)
+    plan = make_plan(prepared.teacher, quant) if plan is None else plan
+    model = QuantModel(prepared.teacher.to(device), plan, quant.activations.dynamic)
     note(steps.reporter, f"{len(prepared.manifest.rows)} calibration images; {model.summary()}")
     return Job(recipe, prepared, model, device, steps, facts)
 
@@ -170,6 +186,7 @@ def _check_entries(recipe: Recipe, prepared: Prepared) -> None:
     stages = (
         ("quant.weights.rounding", recipe.quant.weights.rounding, "nearest"),
         ("reconstruct.method", recipe.reconstruct.method, "none"),
+        ("finetune", "training" if recipe.finetune else "null", "null"),
     )
     for where, chosen, mend in stages:
         if chosen != mend and prepared.entries != 1:

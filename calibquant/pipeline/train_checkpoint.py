@@ -19,7 +19,7 @@ def fingerprint(images: ImageSet) -> str:
     return sha256("".join(rows).encode())
 
 
-def save_training(folder: RunFolder, training: Training, images: str) -> None:
+def save_training(folder: RunFolder, training: Training, images: str, name: str = CHECKPOINT) -> None:
     """Store the state after an epoch.
 
     The small JSON file that names the file of the state is replaced last: killed at any moment, the folder holds either
@@ -29,30 +29,31 @@ def save_training(folder: RunFolder, training: Training, images: str) -> None:
         folder: the run's folder.
         training: its state.
         images: fingerprint of the images that it learns from.
+        name: of the small file.
     """
     done = len(training.reports)
     buffer = io.BytesIO()
     torch.save(training.state(), buffer)
-    data, name = buffer.getvalue(), f"checkpoint-{done:04d}.pt"
-    folder.write(name, data)
+    data, state = buffer.getvalue(), f"checkpoint-{done:04d}.pt"
+    folder.write(state, data)
     folder.write_json(
-        CHECKPOINT, {"kind": TRAINING, "state": name, "sha256": sha256(data), "images": images, "epochs": done}
+        name, {"kind": TRAINING, "state": state, "sha256": sha256(data), "images": images, "epochs": done}
     )
     for old in folder.path.glob("checkpoint-*.pt"):
-        if old.name != name:
+        if old.name != state:
             old.unlink(missing_ok=True)
 
 
-def load_training(folder: RunFolder, training: Training, images: str) -> bool:
-    """Give a training the stored state, if the folder holds a checkpoint; whether it does.
+def load_training(folder: RunFolder, training: Training, images: str, name: str = CHECKPOINT) -> bool:
+    """Give a training the stored state, if the folder holds a checkpoint of that name; whether it does.
 
     Raises:
         RunFolderError: the checkpoint is damaged, or was made of another network, other images or other settings.
     """
-    where = folder.path / CHECKPOINT
+    where = folder.path / name
     if not where.is_file():
         return False
-    stored = folder.read_json(CHECKPOINT)
+    stored = folder.read_json(name)
     try:
         if stored["images"] != images:
             raise RunFolderError(where, "was made with other images", "restore those that the training began with")

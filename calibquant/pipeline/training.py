@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RecipeError
 from calibquant.evaluation import Evaluation, evaluate
-from calibquant.parallel import resolve_device, set_threads
+from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, open_set
@@ -23,7 +23,7 @@ from calibquant.pipeline.train_checkpoint import fingerprint, load_training, sav
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
-from calibquant.training import Source, Training, begin_training, fit, hold_out, open_source
+from calibquant.training import Classification, Source, Training, begin_training, fit, hold_out, open_source
 from calibquant.zoo import save_weights
 
 STEPS = 4
@@ -143,7 +143,13 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
 
     try:
         return fit(
-            job.training, job.source, settings(recipe), None if job.held is None else validate, save, reporter.progress
+            job.training,
+            job.source,
+            settings(recipe),
+            Classification(synchronized(job.training.network), settings(recipe)),
+            None if job.held is None else validate,
+            save,
+            reporter.progress,
         )
     except ModelError as error:
         if folder is None or not (folder.path / CHECKPOINT).is_file():

@@ -126,6 +126,13 @@ class QuantModel(nn.Module):
         for activation_quantizer in self.activation_quantizers.values():
             activation_quantizer.enabled = activations
 
+    def stop_learning(self) -> None:
+        """Each quantizer and bias takes what was learned."""
+        for quantizer in self.quantizers:
+            quantizer.stop_learning()
+        for delta in self.bias_deltas.values():
+            delta.stop_learning()
+
     @contextmanager
     def float_mode(self) -> Iterator[None]:
         """Within the context every quantizer is off; then each is as it was."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
 from calibquant.numerics.grid import Grid, PerChannel
+from calibquant.quantization.latent import LatentWeight, LearnedEnds, RangedWeight
 from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize, rounding_of
 from calibquant.quantization.plan import TensorPlan
 
@@ -26,7 +27,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.name, self.plan, self.enabled = name, plan, True
         self.grid = plan.grid
-        self.rounding: SoftRounding | None = None
+        self.rounding: SoftRounding | LatentWeight | None = None
         self.codes: Tensor | None
         self.scale: Tensor
         self.zero_point: Tensor
@@ -60,7 +61,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The dequantized codes, float32, the shape of `weight`; `weight` itself when disabled.
 
-        While its rounding is learned, the softly rounded weight.
+        While its rounding is learned, the softly rounded weight; while it is trained, the rounded latent one.
         """
         if not self.enabled:
             return weight
@@ -68,8 +69,24 @@ class WeightQuantizer(nn.Module):
 
     def start_learning(self, weight: Tensor, decided: bool = False) -> SoftRounding:
         """From now on the rounding of `weight` is learned: a soft one, or one that is always decided."""
-        self.rounding = rounding_of(weight, self.get(), decided)
-        return self.rounding
+        self.rounding = rounding = rounding_of(weight, self.get(), decided)
+        return rounding
+
+    def start_training(self, weight: Tensor, kind: str, relative: bool = False) -> LatentWeight:
+        """From now on the float `weight` is trained, and its scale with it ("lsq") or after its range ("arq").
+
+        Raises:
+            QuantizationError: "arq" on a grid that is not uniform, or whose channels share bits.
+        """
+        start = self.get()
+        if kind == "lsq":
+            self.rounding = latent = LatentWeight(weight, start, relative)
+            return latent
+        if start.levels is not None or start.channel_bits is not None:
+            problem = "has levels of its own, or channels of different bits, which arq does not know"
+            raise QuantizationError(self.name, problem, "set finetune.weights=lsq")
+        self.rounding = latent = RangedWeight(weight, start, self.plan.symmetric)
+        return latent
 
     def stop_learning(self) -> None:
         """Take the learned roundings, each decided, as codes, and the scale if it was learned."""
@@ -102,6 +119,7 @@ class ActivationQuantizer(nn.Module):
         self.learned_scale: nn.Parameter | None = None  # the scale, or the logarithm of its change
         self.relative = False
         self.learned_zero_point: nn.Parameter | None = None
+        self.ends: LearnedEnds | None = None  # in place of both
         self.drop = 0.0  # share of the values that pass unquantized while reconstructing (QDrop)
         self.scale: Tensor | None
         self.zero_point: Tensor
@@ -142,6 +160,9 @@ class ActivationQuantizer(nn.Module):
         """
         if not self.enabled:
             return x
+        if self.ends is not None:
+            quantized: Tensor = self.ends(x)
+            return quantized
         scale, zero_point = activation_affine(*torch.aminmax(x.detach()), self.plan) if self.dynamic else self.get()
         if self.learned_scale is not None:
             scale = self.current_scale()
@@ -162,6 +183,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             QuantizationError: not calibrated yet.
         """
+        if self.ends is not None:
+            return self.ends.affine()[0]
         if self.learned_scale is None:
             return self.get()[0]
         if self.relative:
@@ -175,11 +198,23 @@ class ActivationQuantizer(nn.Module):
         Raises:
             QuantizationError: there is one for each channel.
         """
-        if self.per_channel:
-            raise QuantizationError(self.name, "has a scale for each channel", "learn scales per tensor only")
-        scale, self.relative = self.get()[0], relative
+        scale, self.relative = self._only_range()[0], relative
         self.learned_scale = nn.Parameter(torch.zeros_like(scale) if relative else scale.clone())
         return self.learned_scale
+
+    def start_learning_ends(self, kind: str, relative: bool = False) -> list[nn.Parameter]:
+        """From now on the ends of the range are learned, "ulq" or "pact"; what moves. See `latent.LearnedEnds`.
+
+        Raises:
+            QuantizationError: there is a range for each channel.
+        """
+        self.ends = LearnedEnds(*self._only_range(), self.plan, kind, relative)
+        return self.ends.parameters_learned()
+
+    def _only_range(self) -> tuple[Tensor, Tensor]:
+        if self.per_channel:
+            raise QuantizationError(self.name, "has a scale for each channel", "learn scales per tensor only")
+        return self.get()
 
     def start_learning_zero_point(self) -> nn.Parameter:
         """From now on the zero point is learned too (LSQ+); it stays on the grid, so zero stays exact."""
@@ -191,10 +226,12 @@ class ActivationQuantizer(nn.Module):
         self.drop = 0.0
         if self.scale is not None:
             self.scale, self.zero_point = self.current()
-        self.learned_scale = self.learned_zero_point = None
+        self.learned_scale = self.learned_zero_point = self.ends = None
 
     def current(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point that `stop_learning` would leave."""
+        if self.ends is not None:
+            return self.ends.current()
         scale, zero_point = self.current_scale().detach().clone(), self.zero_point
         if self.learned_zero_point is not None:
             rounded = self.learned_zero_point.detach().round().clamp(self.plan.grid.qmin, self.plan.grid.qmax)

@@ -13,7 +13,14 @@ overrides over both.
 """
 
 from calibquant.recipe.images import AugmentRecipe, CalibrationRecipe, DataRecipe, ModelRecipe, Preprocess
-from calibquant.recipe.learning import REGULARIZER, NetworkRecipe, ReconstructRecipe, Sampling, TrainRecipe
+from calibquant.recipe.learning import (
+    REGULARIZER,
+    FinetuneRecipe,
+    NetworkRecipe,
+    ReconstructRecipe,
+    Sampling,
+    TrainRecipe,
+)
 from calibquant.recipe.loading import load_recipe, make_recipe
 from calibquant.recipe.models import EvaluationRecipe, ExportRecipe, Recipe
 from calibquant.recipe.presets import PRESETS
@@ -34,7 +41,7 @@ from calibquant.recipe.quant import (
 
 __all__ = [
     "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
-    "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "Granularity", "GridKind", "MixedRecipe",
-    "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe", "ReconstructRecipe",
-    "Sampling", "TrainRecipe", "WeightRecipe", "has_bits", "load_recipe", "make_recipe",
+    "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "FinetuneRecipe", "Granularity", "GridKind",
+    "MixedRecipe", "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe",
+    "ReconstructRecipe", "Sampling", "TrainRecipe", "WeightRecipe", "has_bits", "load_recipe", "make_recipe",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""The recipe's sections of what is learned: reconstruction and float training."""
+"""The recipe's sections of what is learned: reconstruction, float and quantization-aware training."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -94,8 +94,13 @@ class ReconstructRecipe(Section):
 class TrainRecipe(Section):
     """Float training of the network on the images `data.calibration`."""
 
+    _name: ClassVar[str] = "train"
     epochs: int = Field(default=200, ge=1, description="passes over the images")
+    iterations: int | None = Field(default=None, ge=1, description="steps in all, in place of epochs")
     batch_size: int = Field(default=128, ge=2, description="images a step; a last smaller batch is left out")
+    accumulate: int = Field(
+        default=1, ge=1, description="parts in which a step's images pass, one after another: less memory"
+    )
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = Field(default=0.1, description="the schedule's peak")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; adamw: its first beta")
@@ -118,7 +123,9 @@ class TrainRecipe(Section):
     mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="alpha of the mixing share; 0 mixes not")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of an average of the weights, which is kept then")
     clip: Positive | None = Field(default=None, description="largest norm of the gradient")
-    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of the layers while training")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="of the layers while training; auto: bfloat16 where the processor has it"
+    )
     holdout: float = Field(
         default=0.0, ge=0, le=0.5, description="share of the training images that choose the best epoch; 0: the last"
     )
@@ -126,10 +133,59 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainRecipe:
-        if self.warm_up is not None and self.warm_up >= self.epochs:
-            raise conflict("train.warm_up", f"{self.warm_up:g} epochs of {self.epochs}", "leave epochs for the fall")
+        if self.iterations is None and self.warm_up is not None and self.warm_up >= self.epochs:
+            raise conflict(
+                f"{self._name}.warm_up", f"{self.warm_up:g} epochs of {self.epochs}", "leave epochs for the fall"
+            )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise conflict("train.nesterov", "needs momentum", "set train.nesterov=false, or momentum above 0")
+            mend = f"set {self._name}.nesterov=false, or momentum above 0"
+            raise conflict(f"{self._name}.nesterov", "needs momentum", mend)
+        if self.batch_size % self.accumulate:
+            problem = f"{self.batch_size} images make no {self.accumulate} equal parts"
+            raise conflict(f"{self._name}.accumulate", problem, "use a divisor of batch_size")
+        return self
+
+
+class FinetuneRecipe(TrainRecipe):
+    """Quantization-aware training of a calibrated or reconstructed network on the images `data.calibration`."""
+
+    _name: ClassVar[str] = "finetune"
+    epochs: int = Field(default=5, ge=1, description="passes over the images")
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: Positive = Field(default=1e-3, description="of weights and biases, the schedule's peak")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="of weights")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
+    weights: Literal["lsq", "arq"] = Field(
+        default="lsq", description="lsq: their scales are learned; arq: they follow the weights' range in each step"
+    )
+    activations: Literal["lsq", "lsq+", "pact", "ulq", "fixed"] = Field(
+        default="lsq",
+        description="lsq: scales are learned; lsq+: zero points too; pact, ulq: the ends of the range; fixed: nothing",
+    )
+    scale_lr: Positive = Field(
+        default=1e-3, description="of all scales, zero points and ends; adamw: in shares of them"
+    )
+    freeze: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which these stay")
+    labels: float = Field(default=0.0, ge=0, description="weight of the labels' cross-entropy; 0: labels are not used")
+    distill: float = Field(default=1.0, ge=0, description="weight of KL(float || quantized) of the outputs")
+    temperature: Positive = Field(default=2.0, description="by which logits are divided before the KL")
+    features: float = Field(
+        default=0.0, ge=0, description="weight of the relative error of the units' outputs, beside `distill`"
+    )
+    batch_norm: Literal["folded", "reestimated"] = Field(
+        default="folded",
+        description="reestimated: at the end each channel gets back the mean of the float network's output, on the "
+        "calibration images",
+    )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> FinetuneRecipe:
+        if not (self.labels or self.distill):
+            raise conflict("finetune.distill", "is 0, and finetune.labels too", "give one of them a weight")
+        if self.features and not self.distill:
+            raise conflict("finetune.features", "stands beside finetune.distill, which is 0", "set it above 0")
+        if self.mixup and self.labels == 0:
+            raise conflict("finetune.mixup", "mixes labels, which have no weight", "set finetune.labels above 0")
         return self
 
 

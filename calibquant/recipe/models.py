@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from calibquant.recipe.images import CalibrationRecipe, DataRecipe, ModelRecipe
-from calibquant.recipe.learning import ReconstructRecipe, TrainRecipe
+from calibquant.recipe.learning import FinetuneRecipe, ReconstructRecipe, TrainRecipe
 from calibquant.recipe.quant import QuantRecipe
 from calibquant.recipe.section import Section, conflict
 
@@ -45,6 +45,7 @@ class Recipe(Section):
     reconstruct: ReconstructRecipe = ReconstructRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    finetune: FinetuneRecipe | None = Field(default=None, description="train the quantized network further")
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
     seed: int = Field(default=1005, ge=0)
     threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
@@ -66,6 +67,22 @@ class Recipe(Section):
             what = settings.method if settings.method != "adaround" else "reconstruct.network"
             problem = f"{what} learns one scale for an activation"
             raise conflict("reconstruct.method", problem, "use adaround, or quant.activations.granularity=per_tensor")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Recipe:
+        if self.finetune is None:
+            return self
+        if self.model.submodule is not None:
+            problem = f"trains a whole network, not its part {self.model.submodule}"
+            raise conflict("finetune", problem, "leave model.submodule out")
+        activations, weights = self.quant.activations, self.quant.weights
+        if activations.granularity == "per_channel" and self.finetune.activations != "fixed":
+            mend = "use quant.activations.granularity=per_tensor, or finetune.activations=fixed"
+            raise conflict("finetune.activations", "learns one range for an activation", mend)
+        if self.finetune.weights == "arq" and (weights.grid != "uniform" or weights.allocation != "none"):
+            problem = "arq needs a uniform grid with the same bits in all channels"
+            raise conflict("finetune.weights", problem, "use lsq")
         return self
 
     @property

@@ -6,9 +6,8 @@ from calibquant.reconstruction.budget import within_time
 from calibquant.reconstruction.engine import UnitReport
 from calibquant.reconstruction.gram import LayerReport, gram_layers, round_weights
 from calibquant.reconstruction.network import planned_units, reconstruct
-from calibquant.reconstruction.whole import output_loss
 
 __all__ = [
-    "LayerReport", "UnitReport", "correct_biases", "feature_errors", "gram_layers", "output_loss", "planned_units",
+    "LayerReport", "UnitReport", "correct_biases", "feature_errors", "gram_layers", "planned_units",
     "reconstruct", "round_weights", "within_time",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from calibquant.parallel import reduced_precision
 from calibquant.quantization.learning import SoftRounding, kept_values
 from calibquant.quantization.model import QuantModel
 from calibquant.recipe import REGULARIZER, ReconstructRecipe
-from calibquant.reconstruction.learnables import restore_state, start_learning, state_of, stop_learning
+from calibquant.reconstruction.learnables import restore_state, start_learning, state_of
 from calibquant.reconstruction.losses import feature_loss, regularizer_exponent
 from calibquant.reconstruction.phases import Phase
 
@@ -168,7 +168,7 @@ class _Learning:
         finally:
             for quantizer in self.part.activation_quantizers.values():
                 quantizer.drop = 0.0
-            stop_learning(self.part)
+            self.part.stop_learning()
 
     def judge(self, rows: Tensor) -> float:
         """Feature loss of the unit as it will run: hard roundings, no drop, inputs of the quantized network."""

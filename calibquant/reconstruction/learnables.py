@@ -84,16 +84,6 @@ def start_learning(
     return Learnables(roundings, [g for g in first if g["params"]], [g for g in others if g["params"]])
 
 
-def stop_learning(part: QuantModel) -> None:
-    """Each quantizer and bias takes what was learned."""
-    for weight_quantizer in part.weight_quantizers.values():
-        weight_quantizer.stop_learning()
-    for quantizer in part.activation_quantizers.values():
-        quantizer.stop_learning()
-    for delta in part.bias_deltas.values():
-        delta.stop_learning()
-
-
 def _start_biases(part: QuantModel, inputs: Tensor) -> list[nn.Parameter]:
     spread: dict[str, tuple[int, float]] = {}
 

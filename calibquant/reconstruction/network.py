@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calibquant.features import Features, FeatureStore, take
-from calibquant.graph import Unit, units
+from calibquant.graph import Unit, units, whole_network
 from calibquant.graph.subgraph import subgraph
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ReconstructRecipe
 from calibquant.reconstruction.engine import Progress, UnitData, UnitReport, learn_unit
 from calibquant.reconstruction.losses import importance_of
 from calibquant.reconstruction.phases import Phase, granularity, phases
-from calibquant.reconstruction.whole import learn_network, whole_network
+from calibquant.reconstruction.whole import learn_network
 
 BATCH = 64  # images in one forward pass while features advance, at most
 

@@ -6,32 +6,22 @@ import math
 import time
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from calibquant.features import take
-from calibquant.graph import Unit, units
-from calibquant.graph.subgraph import subgraph
+from calibquant.numerics.distance import output_loss
 from calibquant.parallel import images_at_once, reduced_precision
 from calibquant.quantization import QuantModel
+from calibquant.quantization.student import Student, distillation_loss
 from calibquant.recipe import ReconstructRecipe
 from calibquant.reconstruction.augmenting import augmented
 from calibquant.reconstruction.engine import HELD_OUT, Progress, UnitReport, epochs, is_judged
-from calibquant.reconstruction.learnables import restore_state, start_learning, state_of, stop_learning
+from calibquant.reconstruction.learnables import restore_state, start_learning, state_of
 from calibquant.reconstruction.phases import Phase
 
 LOOKS = 8  # at the judging images on the way; the best state stays
 WORSE = 1.5  # times the loss at the start: the rates are too high for this network
 BACK = 0.3  # what they are multiplied by then
-
-
-def whole_network(graph: fx.Graph) -> Unit:
-    """A network with one input and one output as a unit."""
-    inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
-    nodes = tuple(n.name for n in graph.nodes if n.op == "call_function")
-    (output,) = next(n for n in graph.nodes if n.op == "output").all_input_nodes
-    weights = dict.fromkeys(name for unit in units(graph, "layer") for name in unit.weights)
-    return Unit("network", inputs[0], output.name, nodes, tuple(weights))
 
 
 def learn_network(
@@ -92,26 +82,21 @@ def learn_network(
         best = saved
         raise
     finally:
-        stop_learning(model)
+        model.stop_learning()
         restore_state(model, best)
     return UnitReport("network", phase.name, before, after, best is not saved, 1.0, time.perf_counter() - begin)
 
 
 class _Stage:
-    """The network, seen at the outputs of its units and at its own, beside the float network."""
+    """The network beside the float network, and the images."""
 
     def __init__(
         self, model: QuantModel, images: Tensor, recipe: ReconstructRecipe, device: torch.device | str, some: Tensor
     ) -> None:
         self.model, self.images, self.recipe, self.device = model, images, recipe, device
-        self.unit = whole_network(model.teacher.graph)
         self.at_once = images_at_once(images.shape, recipe.network.batch_size, device)
-        blocks = units(model.teacher.graph, "block") if recipe.network.features else []
-        names = [*dict.fromkeys(u.output for u in blocks if u.output != self.unit.output), self.unit.output]
-        self.student = model.part(self.unit.nodes, names)
-        self.teacher = subgraph(model.teacher, self.unit.nodes, names)
-        with torch.no_grad():  # what errors are relative to
-            self.sizes = [float(v.square().mean()) for v in _outputs(self.teacher, self.take(some[: self.at_once]))]
+        self.student = Student(model, recipe.network.features > 0)
+        self.sizes = self.student.sizes(self.take(some[: self.at_once]))
 
     def take(self, rows: Tensor) -> Tensor:
         """Some images."""
@@ -126,15 +111,8 @@ class _Stage:
         """What is minimized, on some images."""
         settings = self.recipe.network
         with reduced_precision(self.device, self.recipe.precision):
-            with torch.no_grad():
-                wanted = _outputs(self.teacher, x)
-            got = _outputs(self.student, self._entering(x))
-        loss = output_loss(got[-1].float(), wanted[-1].float(), settings.temperature)
-        errors = [
-            (a.float() - b.float()).square().mean() / max(size, 1e-12)
-            for a, b, size in zip(got[:-1], wanted[:-1], self.sizes[:-1], strict=True)
-        ]
-        return loss + settings.features * torch.stack(errors).mean() if errors else loss
+            wanted, got = self.student.wanted(x), self.student(x)
+        return distillation_loss(got, wanted, self.sizes, settings.features, settings.temperature)
 
     def judge(self, rows: Tensor) -> float:
         """Loss of the output on some images as they are, per image, without a temperature."""
@@ -144,11 +122,6 @@ class _Stage:
                 x = self.take(some)
                 total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
         return total / len(rows)
-
-    def _entering(self, x: Tensor) -> Tensor:
-        """The images as they enter the quantized network."""
-        quantizer = self.model.activation_quantizers.get(self.unit.input)
-        return x if quantizer is None else quantizer(x)
 
 
 class _Steps:
@@ -192,23 +165,6 @@ class _Steps:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def output_loss(output: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """How far the output of a network is from the float network's, mean over images, a scalar.
-
-    For vectors (N, C) T^2 KL(softmax(target / T) || softmax(output / T)), as in Hinton et al., "Distilling the
-    Knowledge in a Neural Network", 2015; else the relative squared error.
-    """
-    if output.dim() == 2:
-        a, b = (output / temperature).log_softmax(1), (target / temperature).log_softmax(1)
-        return temperature**2 * F.kl_div(a, b, reduction="batchmean", log_target=True)
-    return (output - target).square().mean() / target.square().mean().clamp(min=1e-12)
-
-
 def rate_at(share: float, rise: float) -> float:
     """What the learning rates are multiplied by when a share of the steps is done: a linear rise upon a cosine fall."""
     return 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) * (min(1.0, share / rise) if rise else 1.0)
-
-
-def _outputs(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    values = module(x)
-    return values if isinstance(values, tuple) else (values,)

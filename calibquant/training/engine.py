@@ -1,4 +1,4 @@
-"""Supervised training of a float network; it can stop after any epoch and go on with the same bits.
+"""Training of a network, float or quantized; it can stop after any epoch and go on with the same bits.
 
 All randomness of a step comes from (seed, epoch, step), so that what a checkpoint holds is the state of the network, of
 its average and of the optimizer, and how many epochs are done.
@@ -11,22 +11,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calibquant import parallel
 from calibquant.errors import ModelError
 from calibquant.recipe import TrainRecipe
 from calibquant.training.average import update_average
-from calibquant.training.losses import classification_loss, mixed, mixing
-from calibquant.training.schedules import learning_rate
+from calibquant.training.losses import Objective, Stream
+from calibquant.training.schedules import learning_rate, steps_of
 from calibquant.training.source import Source
 
 SETTLED = 10  # times that a running average shrinks its start by e
 CHECK = 20  # steps between looks at the loss, each of which waits for the device
-_MIXUP, _DROPOUT = 5, 6  # streams of their own; others are in data.augment and training.source
 
 Progress = Callable[[int, int, str], None]
 
@@ -123,10 +123,14 @@ def begin_training(network: nn.Module, settings: TrainRecipe, steps: int, device
 def make_optimizer(network: nn.Module, settings: TrainRecipe) -> torch.optim.Optimizer:
     """SGD or AdamW; weight decay is for parameters of two and more dimensions: no norm's and no bias."""
     trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [
+    return optimizer_of([
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    ], settings)  # fmt: skip
+
+
+def optimizer_of(groups: list[dict[str, Any]], settings: TrainRecipe) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, of groups of parameters."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
@@ -136,16 +140,18 @@ def fit(
     training: Training,
     source: Source,
     settings: TrainRecipe,
+    objective: Objective,
     validate: Callable[[nn.Module], float] | None = None,
     save: Callable[[Training], None] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Train for the epochs that are still to do.
+    """Train for the epochs, or steps, that are still to do.
 
     Args:
         training: from `begin_training`, perhaps restored.
         source: the images.
-        settings: the recipe's `train`.
+        settings: the recipe's `train` or `finetune`.
+        objective: what is minimized, of the network that is trained.
         validate: accuracy of a network on images held out; the epoch with the best (of equals the latest) is kept.
         save: called after each epoch.
         progress: called with the steps done, the steps in all and words.
@@ -157,13 +163,16 @@ def fit(
         ModelError: the loss is no finite number, or a label is no class of the network.
         DataError: an image cannot be read.
     """
-    for epoch in range(len(training.reports), settings.epochs):
+    total = steps_of(settings, source.steps)
+    epochs = math.ceil(total / source.steps)
+    for epoch in range(len(training.reports), epochs):
         started = time.perf_counter()
-        loss = _epoch(training, source, settings, epoch, progress)
+        loss = _epoch(training, source, settings, objective, epoch, progress)
+        parallel.align(training.candidate)
         accuracy = None
-        if validate is not None and ((epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == settings.epochs):
+        if validate is not None and ((epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == epochs):
             accuracy = validate(training.candidate.eval())
-        lr = learning_rate(settings, (epoch + 1) * source.steps - 1, source.steps)
+        lr = learning_rate(settings, min((epoch + 1) * source.steps, total) - 1, source.steps)
         _note_best(training, epoch + 1, accuracy)
         training.reports.append(EpochReport(epoch + 1, loss, lr, accuracy, time.perf_counter() - started))
         if save is not None:
@@ -183,52 +192,55 @@ def _note_best(training: Training, epoch: int, accuracy: float | None) -> None:
         training.best_epoch = epoch
 
 
-def _epoch(training: Training, source: Source, settings: TrainRecipe, epoch: int, progress: Progress | None) -> float:
-    """One pass over the images; the mean loss."""
+def _epoch(
+    training: Training,
+    source: Source,
+    settings: TrainRecipe,
+    objective: Objective,
+    epoch: int,
+    progress: Progress | None,
+) -> float:
+    """One pass over the images, or what of it is left to do; the mean loss."""
     training.network.train()
     losses: list[Tensor] = []
-    total = settings.epochs * source.steps
-    for k, (images, labels) in enumerate(source.epoch(epoch)):
+    total = steps_of(settings, source.steps)
+    steps = min(source.steps, total - epoch * source.steps)
+    for k, (images, labels) in enumerate(islice(source.epoch(epoch), steps)):
         step = epoch * source.steps + k
-        _set_rate(training.optimizer, learning_rate(settings, step, source.steps))
-        losses.append(_step(training, images, labels, settings, (source.seed, epoch, k)))
+        _set_rates(training.optimizer, learning_rate(settings, step, source.steps), step / total)
+        losses.append(_step(training, images, labels, settings, objective, (source.seed, epoch, k)))
         if training.average is not None:
             update_average(training.average, training.network, settings.ema, step)
-        if len(losses) % CHECK == 0 or len(losses) == source.steps:
+        if len(losses) % CHECK == 0 or len(losses) == steps:
             latest = _finite(losses, epoch)
             if progress is not None:
-                progress(step + 1, total, f"epoch {epoch + 1} of {settings.epochs}, loss {latest:.3f}")
+                words = f"epoch {epoch + 1} of {math.ceil(total / source.steps)}, loss {latest:.3f}"
+                progress(step + 1, total, words)
     _finite(losses, epoch)
-    return float(torch.stack(losses).double().mean())
+    return parallel.total(float(torch.stack(losses).double().mean())) / parallel.world()
 
 
 def _step(
-    training: Training, images: Tensor, labels: Tensor, settings: TrainRecipe, stream: tuple[int, int, int]
+    training: Training, images: Tensor, labels: Tensor, settings: TrainRecipe, objective: Objective, stream: Stream
 ) -> Tensor:
     """One step of the optimizer; the loss, on the device."""
-    network, device = training.network, images.device
-    share, partners = 1.0, None
-    if settings.mixup:
-        share, partners = mixing(len(images), settings.mixup, np.random.default_rng([_MIXUP, *stream]))
-        partners = partners.to(device)
-        images = mixed(images, share, partners)
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.default_rng([_DROPOUT, *stream]).integers(1 << 62)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = network(images)
-    loss = classification_loss(logits, labels, settings.label_smoothing, share, partners)
     training.optimizer.zero_grad()
-    loss.backward()
+    total, size = torch.zeros((), device=images.device), math.ceil(len(images) / settings.accumulate)
+    for some, theirs in zip(images.split(size), labels.split(size), strict=True):
+        loss = objective(some.contiguous(memory_format=torch.channels_last), theirs, stream)
+        loss = loss * (len(some) / len(images))
+        loss.backward()
+        total += loss.detach()
     if settings.clip is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(training.network.parameters(), settings.clip)
     training.optimizer.step()
-    return loss.detach()
+    return total
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def _set_rates(optimizer: torch.optim.Optimizer, lr: float, share: float) -> None:
+    """The rates of a step, a share of all behind it: a group may have a `factor`, and stay from a share `until` on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0) if share < group.get("until", 1.0) else 0.0
 
 
 def _finite(losses: list[Tensor], epoch: int) -> float:

@@ -11,6 +11,11 @@ START, END = 1 / 25, 1 / 250_000  # of the one-cycle schedule, as shares of its 
 WARM_UP = {"cosine": 0.05, "one-cycle": 0.3}  # share of the epochs, where the recipe gives none
 
 
+def steps_of(settings: TrainRecipe, steps_per_epoch: int) -> int:
+    """Steps of a whole training."""
+    return settings.epochs * steps_per_epoch if settings.iterations is None else settings.iterations
+
+
 def learning_rate(settings: TrainRecipe, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0 over all epochs.
 
@@ -23,8 +28,9 @@ def learning_rate(settings: TrainRecipe, step: int, steps_per_epoch: int) -> flo
         >>> [round(learning_rate(settings, step, 1), 3) for step in (0, 1, 2, 6)]
         [0.2, 0.4, 0.4, 0.2]
     """
-    epochs = WARM_UP[settings.schedule] * settings.epochs if settings.warm_up is None else settings.warm_up
-    rise, total = epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    total = steps_of(settings, steps_per_epoch)
+    rise = WARM_UP[settings.schedule] * total if settings.warm_up is None else settings.warm_up * steps_per_epoch
+    rise = min(rise, total - 1)
     if settings.schedule == "cosine":
         if step + 1 < rise:
             return settings.lr * (step + 1) / rise

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibquant import parallel
 from calibquant.data import Augmented, ImageSet, batches
 from calibquant.data.augment import augment, epoch_draws
 from calibquant.errors import DataError
@@ -48,19 +49,22 @@ class Source:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: images (N, C, H, W) float32 and labels (N,) int64.
 
+        Of several processes each gets its share of every batch.
+
         Raises:
             DataError: an image cannot be read.
         """
         order = np.random.default_rng([_ORDER, self.seed, epoch]).permutation(len(self.images))
-        order = order[: self.steps * self.batch_size]
+        mine = parallel.share(self.batch_size)
+        order = order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)[:, mine].ravel()
         if self.stored is None:
             changed = Augmented(self.images, self.augment, self.preprocess, self.seed, epoch)
-            for batch in batches(changed, self.batch_size, order.tolist()):
+            for batch in batches(changed, len(mine), order.tolist()):
                 yield batch.images.to(self.device), batch.labels.to(self.device)
             return
         images, labels = self.stored
         draws = epoch_draws(len(images), self.seed, epoch).to(self.device)
-        for chosen in torch.from_numpy(order).to(self.device).split(self.batch_size):
+        for chosen in torch.from_numpy(order).to(self.device).split(len(mine)):
             yield augment(images[chosen], draws[chosen], self.augment, self.preprocess), labels[chosen]
 
 
@@ -71,8 +75,13 @@ def open_source(
     batch_size: int,
     seed: int,
     device: torch.device,
+    labelled: bool = True,
 ) -> Source:
     """A source of the images; they are decoded once and kept if they fit into 2 GiB and need no random-resized crop.
+
+    Args:
+        images, augment, preprocess, batch_size, seed, device: as in `Source`.
+        labelled: whether each image must have a label.
 
     Raises:
         DataError: there are fewer than two images, one has no label, or one cannot be read.
@@ -80,7 +89,7 @@ def open_source(
     if len(images) < 2:
         raise DataError("training images", f"are {len(images)}", "give at least 2")
     unknown = np.flatnonzero(images.labels() < 0)
-    if unknown.size:
+    if labelled and unknown.size:
         raise DataError(
             images.name(int(unknown[0])), "has no label", "train on images in class folders, or with labels"
         )

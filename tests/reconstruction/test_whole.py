@@ -11,13 +11,14 @@ import torch
 from scipy.special import log_softmax, softmax
 from torch import Tensor, nn
 
-from calibquant.graph import capture, fold_batch_norm, units
+from calibquant.graph import capture, fold_batch_norm, units, whole_network
+from calibquant.numerics.distance import output_loss
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import ActivationRecipe, Placement, QuantRecipe, ReconstructRecipe, WeightRecipe
 from calibquant.reconstruction import UnitReport, reconstruct, whole
 from calibquant.reconstruction.engine import HELD_OUT
 from calibquant.reconstruction.phases import phases
-from calibquant.reconstruction.whole import learn_network, output_loss, rate_at, whole_network
+from calibquant.reconstruction.whole import learn_network, rate_at
 
 COUNT = 96
 

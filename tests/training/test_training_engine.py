@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from calibquant.data import TensorImages, batches
 from calibquant.errors import DataError, ModelError
 from calibquant.recipe import AugmentRecipe, Preprocess, TrainRecipe
-from calibquant.training import Source, Training, begin_training, fit, hold_out, open_source
+from calibquant.training import Classification, Source, Training, begin_training, fit, hold_out, open_source
 from calibquant.training.engine import make_optimizer
 
 HELD = images(40, seed=2)
+
+
+def learn(training: Training, source: Source, train: TrainRecipe, *rest: Any, **named: Any) -> nn.Module:
+    return fit(training, source, train, Classification(training.network, train), *rest, **named)
 
 
 def accuracy(trained: nn.Module) -> float:
@@ -63,7 +67,7 @@ def test_plain_training_is_torchs_plain_loop(optimizer: str) -> None:
     )
     training, source = begin(train, augment=AugmentRecipe())
     without_dropout(training.network)
-    got = fit(training, source, train)
+    got = learn(training, source, train)
     want = without_dropout(network()).train()
     want[1].momentum = 10 / (3 * source.steps)  # type: ignore[index]  # so short a training needs fast statistics
     decayed = [want[0].weight, want[6].weight]  # type: ignore[index]
@@ -101,13 +105,21 @@ def test_a_training_goes_on_after_any_epoch_with_the_same_bits(optimizer: str, h
     train, validate = settings(optimizer=optimizer, lr=0.02), accuracy if held else None
     training, source = begin(train)
     states: list[dict[str, Any]] = []
-    want = bits(fit(training, source, train, validate, lambda t: states.append(reloaded(t.state()))))
+    want = bits(
+        learn(
+            training,
+            source,
+            train,
+            validate,
+            lambda t: states.append(reloaded(t.state())),
+        )
+    )
     assert len(states) == train.epochs
     for state in states:
         again, source = begin(train)
         again.restore(state)
         torch.rand(3)  # other uses of the global stream do not matter
-        assert bits(fit(again, source, train, validate)) == want
+        assert bits(learn(again, source, train, validate)) == want
         assert again.best_epoch == training.best_epoch
         assert [r.loss for r in again.reports] == [r.loss for r in training.reports]
 
@@ -116,17 +128,22 @@ def test_a_training_goes_on_after_any_epoch_with_the_same_bits(optimizer: str, h
 def test_a_kill_within_an_epoch_costs_that_epoch_only(kill_at: tuple[int, int]) -> None:
     train = settings()
     training, source = begin(train)
-    want = bits(fit(training, source, train))
+    want = bits(learn(training, source, train))
     saved: list[dict[str, Any]] = []
     killed, source = begin(train)
     fragile = Fragile(**vars(source))
     object.__setattr__(fragile, "kill_at", kill_at)
     with pytest.raises(KilledError):
-        fit(killed, fragile, train, save=lambda t: saved.append(reloaded(t.state())))
+        learn(
+            killed,
+            fragile,
+            train,
+            save=lambda t: saved.append(reloaded(t.state())),
+        )
     assert len(saved) == kill_at[0]
     again, source = begin(train)
     again.restore(saved[-1])
-    assert bits(fit(again, source, train)) == want
+    assert bits(learn(again, source, train)) == want
 
 
 def test_the_best_epoch_on_held_out_images_is_kept() -> None:
@@ -139,7 +156,7 @@ def test_the_best_epoch_on_held_out_images_is_kept() -> None:
         seen.append(bits(candidate))
         return next(scores)
 
-    kept = fit(training, source, train, validate)
+    kept = learn(training, source, train, validate)
     assert training.best_epoch == 3  # of equals the latest
     assert bits(kept) == seen[2]
     assert [report.accuracy for report in training.reports] == [0.3, 0.8, 0.8, 0.5]
@@ -148,7 +165,7 @@ def test_the_best_epoch_on_held_out_images_is_kept() -> None:
 def test_held_out_images_are_looked_at_every_n_epochs_and_at_the_end() -> None:
     train = settings(epochs=5, evaluate_every=2)
     training, source = begin(train)
-    fit(training, source, train, lambda _: 0.5)
+    learn(training, source, train, lambda _: 0.5)
     assert [report.accuracy is not None for report in training.reports] == [False, True, False, True, True]
 
 
@@ -156,7 +173,7 @@ def test_held_out_images_are_looked_at_every_n_epochs_and_at_the_end() -> None:
 def test_it_learns_in_either_precision(precision: str) -> None:
     train = settings(precision=precision, epochs=12, mixup=0, ema=0.5)
     training, source = begin(train, augment=AugmentRecipe(flip=True))
-    trained = fit(training, source, train)
+    trained = learn(training, source, train)
     assert accuracy(trained) > 0.8
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert not trained.training
@@ -168,7 +185,7 @@ def test_a_loss_that_diverges_names_epoch_and_step() -> None:
     train = settings(lr=1e12, clip=None, mixup=0, warm_up=0)
     training, source = begin(train)
     with pytest.raises(ModelError, match=r"training, epoch \d, step \d+: the loss is (nan|inf); train again with a lo"):
-        fit(training, source, train)
+        learn(training, source, train)
 
 
 def test_slow_batch_norm_statistics_settle_within_the_training() -> None:

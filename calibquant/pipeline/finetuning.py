@@ -1,0 +1,192 @@
+"""The stage of quantization-aware training: from a calibrated network to a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from calibquant import parallel
+from calibquant.data import ImageSet
+from calibquant.errors import ModelError, RecipeError, RunFolderError
+from calibquant.evaluation import Evaluation, evaluate
+from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
+from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.preparing import learned_preprocess, open_set
+from calibquant.pipeline.reporting import log, note
+from calibquant.pipeline.stages import Job, Live
+from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
+from calibquant.quantization import QuantPlan
+from calibquant.recipe import AugmentRecipe, FinetuneRecipe
+from calibquant.reconstruction import correct_biases
+from calibquant.runfolder import RunFolder, final_path, open_run
+from calibquant.training import (
+    Distillation,
+    EpochReport,
+    Source,
+    Training,
+    begin_finetuning,
+    finished,
+    fit,
+    hold_out,
+    open_source,
+)  # fmt: skip
+
+STATE = "checkpoint-finetune.json"  # names the file of the state after the last complete epoch
+START = "checkpoint-start.json"  # plan of the run that is trained further, for a run that goes on
+SOME = 64  # images on which the size of the units' values is measured
+
+
+def adopt_plan(folder: RunFolder, start: Path) -> None:
+    """Keep the plan of a finished run in the folder of the one that goes on from it.
+
+    Raises:
+        RunFolderError: it is no complete run.
+    """
+    folder.write(START, open_run(start).read(GRAPH))
+
+
+def adopted_plan(folder: RunFolder) -> QuantPlan | None:
+    """The plan that `adopt_plan` kept; None in a run of its own."""
+    return plan_of(folder.read_json(START)) if (folder.path / START).is_file() else None
+
+
+def adopt(job: Job, start: Path) -> None:
+    """Give the network the codes, scales and biases of a finished run.
+
+    Raises:
+        RunFolderError: the run is of another network.
+    """
+    run = open_run(start)
+    try:
+        restore(job.model, load_safetensors(run.read(MODEL)))
+    except (KeyError, ValueError, RuntimeError) as error:
+        problem = f"is of another network than the recipe's ({error})"
+        raise RunFolderError(start, problem, "name the network and the weights that it was made of") from None
+    job.model.to(job.device)
+    job.facts["started_from"] = str(start)
+
+
+def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
+    """Train the quantized network as the recipe says, with a checkpoint in the folder after each epoch.
+
+    With images held out the epoch that does best on them is kept, which may be the start.
+
+    Raises:
+        CalibQuantError: the images have no labels, or the loss diverges.
+    """
+    settings = job.recipe.finetune
+    assert settings is not None
+    if settings.batch_size % (parallel.world() * settings.accumulate):
+        problem = f"{settings.batch_size} images make no equal shares for {parallel.world()} processes"
+        raise RecipeError("recipe, finetune.batch_size", problem, "use a multiple of processes * accumulate")
+    source, held = _open(job, settings, live)
+    before = artifact_tensors(job.model)
+    with job.steps.begin("finetune", _title(settings, source, held)):
+        first = None if held is None else _validate(job, held, job.model)
+        training = begin_finetuning(job.model, settings)
+        images = fingerprint(source.images)
+        if load_training(folder, training, images, STATE):
+            note(job.reporter, f"going on after epoch {len(training.reports)}")
+        kept = _fit(job, folder, training, source, settings, held, images)
+        best = max((r.accuracy for r in training.reports if r.accuracy is not None), default=None)
+        result = artifact_tensors(finished(training, kept))
+        helped = first is None or best is None or best >= first
+        restore(job.model, result if helped else before)
+        job.model.to(job.device)
+        if not helped:
+            note(job.reporter, "no epoch did better than the start on the images held out: rolled back")
+        if settings.batch_norm == "reestimated":
+            _reestimate(job, folder)
+    job.facts["finetune"] |= {
+        "held_out_before": first,
+        "kept": helped,
+        "best_epoch": training.best_epoch if helped else 0,
+        "training_images": len(source.images),
+        "held_out_images": 0 if held is None else len(held),
+        "processes": parallel.world(),
+        "epochs": [asdict(report) for report in training.reports],
+    }
+
+
+def _fit(
+    job: Job,
+    folder: RunFolder,
+    training: Training,
+    source: Source,
+    settings: FinetuneRecipe,
+    held: ImageSet | None,
+    images: str,
+) -> nn.Module:
+    def save(now: Training) -> None:
+        log.info("%s", line_of(now.reports[-1]))
+        save_training(folder, now, images, STATE)
+
+    some = next(source.epoch(0))[0][:SOME]
+    validate: Callable[[nn.Module], float] | None = None if held is None else partial(_validate, job, held)
+    try:
+        objective = Distillation(job.model, settings, some)
+        return fit(training, source, settings, objective, validate, save, job.reporter.progress)
+    except ModelError as error:
+        run = final_path(folder.path)
+        mend = (
+            f"use a lower finetune.lr, or go on from the last epoch: calibquant finetune --resume {run} finetune.lr=…"
+        )
+        raise ModelError(error.where, error.problem, mend) from error
+
+
+def _open(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[Source, ImageSet | None]:
+    """The images to learn from, and those held out."""
+    recipe = job.recipe
+    images = live[1] if live[1] is not None else open_set(recipe, "calibration")
+    learned, held = hold_out(images, settings.holdout, recipe.seed)
+    augment = recipe.data.augment or AugmentRecipe()
+    labelled = settings.labels > 0
+    source = open_source(
+        learned, augment, learned_preprocess(recipe), settings.batch_size, recipe.seed, job.device, labelled
+    )
+    return source, held
+
+
+def _validate(job: Job, held: ImageSet, network: nn.Module) -> float:
+    """Accuracy on the images held out; without labels, agreement with the float network."""
+    size, device = job.recipe.evaluation.batch_size, job.device
+    reference = None
+    if (held.labels() < 0).any():
+        reference = evaluate(job.model.teacher, held, size, device=device).predictions
+    scores = evaluate(network.eval(), held, size, reference=reference, device=device).scores
+    found = scores.top1 if reference is None else scores.agreement
+    return found or 0.0
+
+
+def _reestimate(job: Job, folder: RunFolder) -> None:
+    entering = torch.cat(list(job.prepared.inputs(job.recipe.calibration.batch_size)))
+    limit = job.recipe.reconstruct.cache_limit
+    correct_biases(job.model, entering, job.device, job.reporter.progress, limit, folder.path)
+
+
+def measure_before(job: Job) -> Evaluation:
+    """What the network does on the evaluation images before it is trained; only told, nothing is chosen by it."""
+    images = job.prepared.images if job.prepared.evaluation is None else job.prepared.evaluation
+    with job.steps.begin("evaluate_start", f"Evaluate the {job.recipe.setting} network before training"):
+        found = measure(job.recipe, job.mount(job.model), images, job.device, job.reporter)
+    job.facts["finetune"] = {"before": found.scores.to_dict()}
+    return found
+
+
+def line_of(report: EpochReport) -> str:
+    """An epoch in words."""
+    held = "" if report.accuracy is None else f", held out {100 * report.accuracy:.2f}"
+    return f"epoch {report.epoch}: loss {report.loss:.4f}, lr {report.lr:.2e}{held}, {report.seconds:.1f} s"
+
+
+def _title(settings: FinetuneRecipe, source: Source, held: ImageSet | None) -> str:
+    how_long = f"{settings.epochs} epochs" if settings.iterations is None else f"{settings.iterations} steps"
+    out = "" if held is None else f", {len(held)} held out"
+    many = f" in {parallel.world()} processes" if parallel.world() > 1 else ""
+    return f"Train the quantized network for {how_long} on {len(source.images)} images{out}{many}"
