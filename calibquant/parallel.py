@@ -160,6 +160,21 @@ def share(count: int) -> range:
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
+def local(rows: Tensor, count: int) -> Tensor:
+    """Of row numbers below `count` those in this process's share, counted from its first; int64."""
+    mine = share(count)
+    return rows if world() == 1 else rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
+
+
+def drawn(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Batches that every process draws alike; from then on each has random numbers of its own."""
+    if world() == 1:
+        return batches
+    alike = list(batches)
+    torch.manual_seed(torch.initial_seed() + rank())
+    return iter(alike)
+
+
 def every(value: Value) -> list[Value]:
     """The values of all processes, in their order; they are pickled among processes of one job."""
     if world() == 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -21,8 +24,9 @@ from calibquant.cli.recipes import recipes
 from calibquant.cli.select import select
 from calibquant.cli.study import study
 from calibquant.cli.train import train
-from calibquant.errors import CalibQuantError
+from calibquant.errors import CalibQuantError, RecipeError
 
+IN_PARALLEL = ("train", "quantize", "finetune", "evaluate")  # commands that share their work among processes
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -58,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         rest = [a for a in arguments if a != "--debug"] or ["--help"]
-        code = app(rest, standalone_mode=False, prog_name="calibquant") or 0
+        with _processes(rest[0]):
+            code = app(rest, standalone_mode=False, prog_name="calibquant") or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code
@@ -67,6 +72,21 @@ def main(arguments: list[str] | None = None) -> int:
             console.err.print_exception()
         console.err.print(f"error: {_line(error)}", style="red", markup=False)
         return 1
+
+
+@contextmanager
+def _processes(command: str) -> Iterator[None]:
+    """Under torchrun the processes work together, and the first one speaks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    from calibquant import parallel
+
+    if command not in IN_PARALLEL:
+        raise RecipeError(f"calibquant {command}", "is no work for several processes", "start it without torchrun")
+    with parallel.together():
+        console.out.quiet = parallel.rank() > 0
+        yield
 
 
 def _line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ class ConsoleReporter:
 @contextmanager
 def reporting(quiet: bool) -> Iterator[ConsoleReporter | None]:
     """A reporter for the length of a command; None with --json."""
-    if quiet:
+    if quiet or out.quiet:
         yield None
         return
     words = TextColumn("{task.description}", markup=False)
@@ -64,7 +64,8 @@ def words(text: str) -> list[str]:
 
 def print_json(value: Any) -> None:
     """A value as JSON on standard output, for machines."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    if not out.quiet:
+        sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

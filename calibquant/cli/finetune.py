@@ -24,7 +24,7 @@ def finetune(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Train a quantized network (QAT), taught by its float network; under torchrun on several devices."""
-    from calibquant import parallel, pipeline
+    from calibquant import pipeline
     from calibquant.errors import RecipeError
     from calibquant.recipe import load_recipe
 
@@ -33,7 +33,7 @@ def finetune(
         start, keys = None, [str(start), *keys]
     if (start is None) == (resume is None):
         raise RecipeError("calibquant finetune", "takes a run or a recipe, or --resume RUN", "give one of the two")
-    with parallel.together(), console.reporting(json or parallel.rank() > 0) as reporter:
+    with console.reporting(json) as reporter:
         if resume is not None:
             run = pipeline.resume(resume, reporter=reporter, overrides=keys)
         elif start is not None and start.is_dir():
@@ -43,13 +43,12 @@ def finetune(
             if recipe.finetune is None:
                 recipe = load_recipe(start, ["finetune.epochs=5", *keys])  # type: ignore[arg-type]
             run = pipeline.quantize(recipe, reporter=reporter)
-        first = parallel.rank() == 0
-    if json and first:
+    if json:
         console.print_json({"run": str(run.folder), **run.metrics})
-    elif first:
-        _show(run.metrics)
-        show_result([run])
-        console.out.print(f"Run folder: {run.folder}")
+        return
+    _show(run.metrics)
+    show_result([run])
+    console.out.print(f"Run folder: {run.folder}")
 
 
 def _show(metrics: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from calibquant.data import Batch, ImageSet, UnreadableImageError, batches, check_labels
 from calibquant.errors import DataError, ModelError
 from calibquant.metrics import ScoreAccumulator, Scores, confusion_matrix
-from calibquant.parallel import images_at_once
+from calibquant.parallel import every, images_at_once, share
 
 MOST_AT_ONCE = 250  # images
 
@@ -57,6 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a network over the images and score its predictions.
 
+    Of several processes each runs it over its share; all get the result of the whole.
+
     Args:
         network: from images (N, C, H, W) to logits (N, classes). A Module must be in eval mode and on `device` already.
         images: the set; labels may be unknown.
@@ -81,22 +83,24 @@ def evaluate(
     total = len(images) if count is None else min(count, len(images))
     if total < 1:
         raise DataError("evaluation", "there are no images to evaluate on", "give at least one image")
-    chosen = images.subset(range(total))
+    mine = share(total)
+    chosen = images.subset(mine)
     if batch_size is None:
         batch_size = images_at_once(_shape(chosen), MOST_AT_ONCE, device)
     accumulator, indices, kept = ScoreAccumulator(), list[int](), list[Tensor]()
     for batch in batches(chosen, batch_size):
-        logits = _forward(network, batch, images, device)
+        logits = _forward(network, batch, chosen, device)
         if not indices:
             check_labels(chosen, logits.shape[1])
         accumulator.update(logits, batch.labels)
-        indices.extend(batch.indices)
+        indices.extend(mine[i] for i in batch.indices)
         if keep_logits:
             kept.append(logits)
         if progress is not None:
-            progress(batch.indices[-1] + 1, total)
-    if progress is not None and indices[-1] + 1 < total:  # the last images were skipped
-        progress(total, total)
+            progress(batch.indices[-1] + 1, len(mine))
+    if progress is not None and indices and indices[-1] < mine[-1]:  # the last images were skipped
+        progress(len(mine), len(mine))
+    accumulator, indices, kept = _merged(every((accumulator, indices, kept)))
     if reference is not None and len(reference) != len(indices):
         problem = f"holds {len(reference)} predictions for {len(indices)} images"
         raise DataError("reference", problem, "evaluate both networks on the same images")
@@ -109,6 +113,18 @@ def evaluate(
         accumulator.num_classes or 0,
         logits_kept,
     )
+
+
+def _merged(
+    parts: list[tuple[ScoreAccumulator, list[int], list[Tensor]]],
+) -> tuple[ScoreAccumulator, list[int], list[Tensor]]:
+    """What all processes found, in the order of the images."""
+    accumulator, indices, kept = parts[0]
+    for scores, numbers, logits in parts[1:]:
+        accumulator.merge(scores)
+        indices += numbers
+        kept += logits
+    return accumulator, indices, kept
 
 
 def _shape(images: ImageSet) -> tuple[int, ...]:

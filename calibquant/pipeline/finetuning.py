@@ -13,7 +13,7 @@ from torch import nn
 
 from calibquant import parallel
 from calibquant.data import ImageSet
-from calibquant.errors import ModelError, RecipeError, RunFolderError
+from calibquant.errors import ModelError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
 from calibquant.pipeline.measuring import measure
@@ -21,13 +21,13 @@ from calibquant.pipeline.preparing import learned_preprocess, open_set
 from calibquant.pipeline.reporting import log, note
 from calibquant.pipeline.stages import Job, Live
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
+from calibquant.pipeline.training import check_shares, length_of, line_of
 from calibquant.quantization import QuantPlan
 from calibquant.recipe import AugmentRecipe, FinetuneRecipe
 from calibquant.reconstruction import correct_biases
 from calibquant.runfolder import RunFolder, final_path, open_run
 from calibquant.training import (
     Distillation,
-    EpochReport,
     Source,
     Training,
     begin_finetuning,
@@ -82,9 +82,7 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     """
     settings = job.recipe.finetune
     assert settings is not None
-    if settings.batch_size % (parallel.world() * settings.accumulate):
-        problem = f"{settings.batch_size} images make no equal shares for {parallel.world()} processes"
-        raise RecipeError("recipe, finetune.batch_size", problem, "use a multiple of processes * accumulate")
+    check_shares(settings, "finetune")
     source, held = _open(job, settings, live)
     before = artifact_tensors(job.model)
     with job.steps.begin("finetune", _title(settings, source, held)):
@@ -179,14 +177,7 @@ def measure_before(job: Job) -> Evaluation:
     return found
 
 
-def line_of(report: EpochReport) -> str:
-    """An epoch in words."""
-    held = "" if report.accuracy is None else f", held out {100 * report.accuracy:.2f}"
-    return f"epoch {report.epoch}: loss {report.loss:.4f}, lr {report.lr:.2e}{held}, {report.seconds:.1f} s"
-
-
 def _title(settings: FinetuneRecipe, source: Source, held: ImageSet | None) -> str:
-    how_long = f"{settings.epochs} epochs" if settings.iterations is None else f"{settings.iterations} steps"
     out = "" if held is None else f", {len(held)} held out"
     many = f" in {parallel.world()} processes" if parallel.world() > 1 else ""
-    return f"Train the quantized network for {how_long} on {len(source.images)} images{out}{many}"
+    return f"Train the quantized network for {length_of(settings)} on {len(source.images)} images{out}{many}"

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibquant import parallel
 from calibquant.data import ImageSet, manifest_csv, read_manifest
 from calibquant.errors import CalibQuantError, RecipeError
 from calibquant.evaluation import Evaluation
+from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
@@ -215,6 +217,7 @@ def calibrate(job: Job) -> Progress:
     with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
         _observe(job, steps.reporter)
     model.to(job.device)  # ranges are found on the CPU
+    agree(job)
     with steps.time("accumulation"):
         errors = settle(job)
     return Progress([], errors, dict(steps.seconds))
@@ -240,6 +243,7 @@ def round_again(job: Job, folder: RunFolder, before: Progress) -> Progress:
                 save_checkpoint(folder, model, manifest, found)
                 _log("layer", report.layer, "error", report)
         _fit_biases(job)  # scales may have become smaller
+        agree(job)
     rolled = sum(not report.kept for report in found.layers)
     note(job.reporter, f"{len(found.layers)} layers, {rolled} rolled back")
     return replace(found, seconds=dict(job.steps.seconds))
@@ -268,6 +272,7 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
             found = replace(found, reports=[*found.reports, report])
             save_checkpoint(folder, model, manifest, found)
             _log("unit", f"{report.unit}, {report.phase}", "loss", report)
+        agree(job)
     rolled = sum(not report.kept for report in found.reports)
     note(job.reporter, f"{len(found.reports)} units, {rolled} rolled back")
     return found
@@ -290,6 +295,14 @@ def correct_all(job: Job, folder: RunFolder) -> None:
     """Correct weights and biases; last, so that it sees the final roundings."""
     with job.steps.begin("correct", "Correct weights and biases"):
         job.facts["corrections"] = correct(job.recipe, job.prepared, job.model, job.device, folder.path, job.reporter)
+        agree(job)
+
+
+def agree(job: Job) -> None:
+    """Every process takes the first one's codes, scales and biases: arithmetic may differ between machines."""
+    if parallel.world() > 1:
+        restore(job.model, parallel.first(artifact_tensors(job.model)))
+        job.model.to(job.device)
 
 
 def settle(job: Job) -> dict[str, float]:

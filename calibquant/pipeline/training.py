@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibquant import parallel
 from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RecipeError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
+from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
@@ -23,7 +25,17 @@ from calibquant.pipeline.train_checkpoint import fingerprint, load_training, sav
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
-from calibquant.training import Classification, Source, Training, begin_training, fit, hold_out, open_source
+from calibquant.training import (
+    Classification,
+    EpochReport,
+    Source,
+    Training,
+    begin_training,
+    fit,
+    hold_out,
+    open_source,
+    steps_of,
+)  # fmt: skip
 from calibquant.zoo import save_weights
 
 STEPS = 4
@@ -89,7 +101,7 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
     settings(recipe)
-    with new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING) as folder:
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING)) as folder:
         return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
 
 
@@ -111,8 +123,30 @@ def resume_training(
     Raises:
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
     """
-    with interrupted_run(run, TRAINING) as folder:
+    with run_folder(lambda: interrupted_run(run, TRAINING)) as folder:
         return _run(folder, run_recipe(folder, overrides), (network, images, evaluation), reporter or Silent())
+
+
+def line_of(report: EpochReport) -> str:
+    """An epoch in words."""
+    held = "" if report.accuracy is None else f", held-out top-1 {100 * report.accuracy:.2f}"
+    return f"epoch {report.epoch}: loss {report.loss:.4f}, lr {report.lr:.2e}{held}, {report.seconds:.1f} s"
+
+
+def length_of(settings: TrainRecipe) -> str:
+    """How long a training is, in words."""
+    return f"{settings.epochs} epochs" if settings.iterations is None else f"{settings.iterations} steps"
+
+
+def check_shares(settings: TrainRecipe, section: str) -> None:
+    """Check that each process gets as many images of a step as the others.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if settings.batch_size % (parallel.world() * settings.accumulate):
+        problem = f"{settings.batch_size} images make no equal shares for {parallel.world()} processes"
+        raise RecipeError(f"recipe, {section}.batch_size", problem, "use a multiple of processes * accumulate")
 
 
 def settings(recipe: Recipe) -> TrainRecipe:
@@ -137,7 +171,7 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
         return result.scores.top1 or 0.0
 
     def save(training: Training) -> None:
-        log.info("%s", _line(training))
+        log.info("%s", line_of(training.reports[-1]))
         if folder is not None:
             save_training(folder, training, job.images)
 
@@ -159,13 +193,6 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
         raise ModelError(error.where, error.problem, mend) from error
 
 
-def _line(training: Training) -> str:
-    """The latest epoch in words."""
-    last = training.reports[-1]
-    held = "" if last.accuracy is None else f", held-out top-1 {100 * last.accuracy:.2f}"
-    return f"epoch {last.epoch}: loss {last.loss:.4f}, lr {last.lr:.2e}{held}, {last.seconds:.1f} s"
-
-
 def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     """The network before its first step, and all images.
 
@@ -181,7 +208,8 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     learned, held = hold_out(images, settings(recipe).holdout, recipe.seed)
     augment = recipe.data.augment or AugmentRecipe()
     source = open_source(learned, augment, learned_preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
-    training = begin_training(network, settings(recipe), settings(recipe).epochs * source.steps, device)
+    check_shares(settings(recipe), "train")
+    training = begin_training(network, settings(recipe), steps_of(settings(recipe), source.steps), device)
     check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
     return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
 
@@ -221,9 +249,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         folder.write("recipe.yaml", recipe.to_yaml())
         lap("open")
         held = "" if job.held is None else f", {len(job.held)} held out"
-        begin(
-            reporter, 2, STEPS, f"Train for {settings(recipe).epochs} epochs on {len(job.source.images)} images{held}"
-        )
+        begin(reporter, 2, STEPS, f"Train for {length_of(settings(recipe))} on {len(job.source.images)} images{held}")
         network = train_network(job, recipe, reporter, folder)
         lap("train")
         begin(reporter, 3, STEPS, "Evaluate the trained network")
@@ -234,7 +260,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         metrics = run_metrics(recipe, job, result, on, seconds)
         _write(folder, recipe, job, network, metrics, {"threads": threads, "device": str(job.source.device)})
         folder.remove("checkpoint*")
-    return TrainedRun(final_path(folder.path), network, metrics, result)
+    return TrainedRun(parallel.first(final_path(folder.path)), network, metrics, result)
 
 
 def run_metrics(recipe: Recipe, job: Job, result: Evaluation, on: str, seconds: dict[str, float]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from calibquant import parallel
 from calibquant.errors import DataError, QuantizationError
 from calibquant.graph.limits import UNLIMITED, before_limits
 from calibquant.graph.watching import Watched
@@ -59,6 +60,8 @@ def calibrate_activations(
 ) -> None:
     """Find each activation's range on the float network, or on the one whose weights alone are quantized.
 
+    Of several processes each observes every so-many-th batch, and the observers are merged.
+
     Observers that fit a density see what enters a function that only limits values (ReLU), all others what it returns.
 
     Args:
@@ -83,12 +86,13 @@ def calibrate_activations(
     observed, images = mount(watched), 0
     with torch.inference_mode(), model.float_mode():
         model.enable(weights=True, activations=False)
-        for batch in batches:
-            observed(batch)
+        for number, batch in enumerate(batches):
+            if number % parallel.world() == parallel.rank():
+                observed(batch)
             images += len(batch)
     if not images:
         raise QuantizationError("calibration", "got no images", "give at least two calibration images")
-    for name, (_, observer) in observers.items():
+    for name, observer in _merged({name: observer for name, (_, observer) in observers.items()}).items():
         quantizer = model.activation_quantizers[name]
         if isinstance(observer, ChannelObserver) and quantizer.plan.allocation != "none":
             quantizer.set_range(*observer.allocated())
@@ -106,6 +110,15 @@ def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[s
             make = ChannelObserver if quantizer.per_channel else make_observer
             found[node.name] = source.name, make(recipe, quantizer.plan, limits)
     return found
+
+
+def _merged(observers: dict[str, ActivationObserver]) -> dict[str, ActivationObserver]:
+    """By quantizer what all processes have seen."""
+    first, *others = parallel.every(observers)
+    for other in others:
+        for name, observer in first.items():
+            observer.merge(other[name])
+    return first
 
 
 def _update(observers: Sequence[ActivationObserver], name: str, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibquant import parallel
 from calibquant.features import take
 from calibquant.parallel import reduced_precision
 from calibquant.quantization.learning import SoftRounding, kept_values
@@ -28,19 +29,26 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class UnitData:
-    """What a unit is learned on; float32 or bfloat16 on the CPU, one row an image.
+    """What a unit is learned on; float32 or bfloat16 on the CPU, one row an image of this process's share.
 
     Args:
         quantized: the unit's input in the quantized network.
         float_input: its input in the float network.
         target: its output in the float network.
         importance: weights of the values of `target` in the loss; None weighs them alike.
+        images: rows of all processes; None: there is one process.
     """
 
     quantized: Tensor
     float_input: Tensor
     target: Tensor
     importance: Tensor | None = None
+    images: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows of all processes together."""
+        return len(self.target) if self.images is None else self.images
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def learn_unit(
     """
     begin = time.perf_counter()
     unit = _Learning(part, data, recipe, phase, device, fixed)
-    rows = torch.arange(len(data.target))
+    rows = torch.arange(data.count)
     held_out = is_judged(recipe, len(rows))
     judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
     saved = state_of(part)
@@ -138,7 +146,9 @@ class _Learning:
             the share of the roundings that had settled.
         """
         try:
-            inputs = self._rows(self.data.float_input, rows[: self.recipe.batch_size])
+            count = self.data.count
+            some = parallel.local(rows, count)[: self.recipe.batch_size]
+            inputs = self._rows(self.data.float_input, some)
             learned = start_learning(self.part, self.phase.rates, inputs, self.fixed)
             roundings = learned.roundings
             for quantizer in self.part.activation_quantizers.values():
@@ -147,15 +157,19 @@ class _Learning:
             falling = [torch.optim.Adam(learned.other_groups)] if learned.other_groups else []
             schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, self.phase.iterations) for o in falling]
             optimizers, words = [*constant, *falling], ""
-            for step, batch in enumerate(_batches(len(rows), self.recipe, self.phase.iterations), start=1):
-                loss = self._loss(rows[batch])
+            learnable = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+            batches = parallel.drawn(_batches(len(rows), self.recipe, self.phase.iterations))
+            for step, batch in enumerate(batches, start=1):
+                loss = self._share_of_loss(parallel.local(rows[batch], count), len(batch))
                 beta = regularizer_exponent(step, self.phase.iterations, self.recipe.warm_up, self.recipe.beta)
                 if beta is not None and roundings:
                     weight = REGULARIZER if self.recipe.regularizer is None else self.recipe.regularizer
+                    weight /= parallel.world()
                     loss = loss + weight * torch.stack([r.regularizer(beta) for r in roundings]).sum()
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss.backward()
+                parallel.sum_gradients(learnable)
                 for optimizer in optimizers:
                     optimizer.step()
                 for schedule in schedules:
@@ -174,10 +188,18 @@ class _Learning:
         """Feature loss of the unit as it will run: hard roundings, no drop, inputs of the quantized network."""
         total = 0.0
         with torch.no_grad():
-            for some in rows.split(self.recipe.batch_size):
-                output = self.part(self._rows(self.data.quantized, some))
-                total += float(self._feature_loss(output, some)) * len(some)
-        return total / len(rows)
+            for some in parallel.local(rows, self.data.count).split(self.recipe.batch_size):
+                if len(some):
+                    output = self.part(self._rows(self.data.quantized, some))
+                    total += float(self._feature_loss(output, some)) * len(some)
+        return parallel.total(total) / len(rows)
+
+    def _share_of_loss(self, rows: Tensor, size: int) -> Tensor:
+        """What this process's rows contribute to the mean loss of a batch; they may be none."""
+        if not len(rows):
+            return torch.zeros((), device=self.device, requires_grad=True)
+        loss = self._loss(rows)
+        return loss if len(rows) == size else loss * (len(rows) / size)
 
     def _loss(self, rows: Tensor) -> Tensor:
         x = self._rows(self.data.float_input if self.phase.float_inputs else self.data.quantized, rows)

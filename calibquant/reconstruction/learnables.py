@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibquant import parallel
 from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import QTensor
 from calibquant.quantization.learning import SoftRounding
@@ -92,7 +93,8 @@ def _start_biases(part: QuantModel, inputs: Tensor) -> list[nn.Parameter]:
 
     with torch.no_grad():
         Watched(part.teacher, [*part.bias_deltas], note)(inputs)
-    return [part.bias_deltas[name].start_learning(*found, inputs.device) for name, found in spread.items()]
+    alike = parallel.first(spread)  # each process measures it on images of its own
+    return [part.bias_deltas[name].start_learning(*found, inputs.device) for name, found in alike.items()]
 
 
 @dataclass(frozen=True)

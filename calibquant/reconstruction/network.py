@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from calibquant import parallel
 from calibquant.features import Features, FeatureStore, take
 from calibquant.graph import Unit, units, whole_network
 from calibquant.graph.subgraph import subgraph
@@ -61,7 +62,8 @@ def reconstruct(
 
     Args:
         model: calibrated, on `device`; its quantizers receive the result unit by unit.
-        images: float32, (N, C, H, W), the calibration images.
+        images: float32, (N, C, H, W), the calibration images, in all processes the same; each keeps the features of
+            its share, and a step's gradients are summed.
         recipe: method and schedule.
         seed: every unit has its own random stream, made of this and its number.
         device: where units are learned; features are kept on the CPU.
@@ -92,7 +94,10 @@ def reconstruct(
         if first and begun == 0 and observe is not None:
             observe()
         if begun < len(chain):
-            walk = _Walk(model, images, chain, recipe, phase, seed, device, store, first)
+            mine = parallel.share(len(images))
+            walk = _Walk(
+                model, images[mine.start : mine.stop], len(images), chain, recipe, phase, seed, device, store, first
+            )
             yield from walk.learn(begun, tell)
         steps += len(chain) * phase.iterations
         first += len(chain)
@@ -100,10 +105,14 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class _Walk:
-    """One phase's way through the network; `first` is the number of its first unit over all phases."""
+    """One phase's way through the network.
+
+    `images` are this process's, `count` those of all; `first` is the number of its first unit over all phases.
+    """
 
     model: QuantModel
     images: Tensor
+    count: int
     chain: list[Unit]
     recipe: ReconstructRecipe
     phase: Phase
@@ -140,13 +149,14 @@ class _Walk:
         importance = None
         if self.recipe.loss == "fisher" and self.phase.roundings:
             importance = self._importance(unit, quantized_side)
-        return UnitData(quantized_side.live[unit.input], float_side.live[unit.input], target, importance)
+        return UnitData(quantized_side.live[unit.input], float_side.live[unit.input], target, importance, self.count)
 
     def _importance(self, unit: Unit, side: Features) -> Tensor:
         """Weights of the values of the unit's output in its loss."""
         values = self._gradient(unit, side)
         parts = values.split(side.batch_size)
-        mean_square = sum(float(part.double().square().sum()) for part in parts) / values.numel()
+        square = parallel.total(sum(float(part.double().square().sum()) for part in parts))
+        mean_square = square / (values[0].numel() * self.count)
         for part in parts:
             part.copy_(importance_of(part.float(), mean_square))
         return values

@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor
 
+from calibquant import parallel
 from calibquant.features import take
 from calibquant.numerics.distance import output_loss
 from calibquant.parallel import images_at_once, reduced_precision
@@ -44,7 +45,8 @@ def learn_network(
 
     Args:
         model: calibrated, on `device`; its quantizers and biases receive the result.
-        images: float32, (N, C, H, W), the calibration images, on the CPU.
+        images: float32, (N, C, H, W), the calibration images, on the CPU; the same in all processes, each of which
+            learns on its share.
         recipe: the schedule, and `network`.
         phase: what is learned.
         seed: of the batches and of how images are changed.
@@ -118,10 +120,12 @@ class _Stage:
         """Loss of the output on some images as they are, per image, without a temperature."""
         total = 0.0
         with torch.no_grad():
-            for some in rows.split(images_at_once(self.images.shape, 64, self.device)):
-                x = self.take(some)
-                total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
-        return total / len(rows)
+            mine = rows[parallel.share(len(rows))]
+            for some in mine.split(images_at_once(self.images.shape, 64, self.device)):
+                if len(some):
+                    x = self.take(some)
+                    total += float(output_loss(self.model(x), self.model.teacher(x))) * len(some)
+        return parallel.total(total) / len(rows)
 
 
 class _Steps:
@@ -135,17 +139,20 @@ class _Steps:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: rate_at((step + 1) / phase.iterations, settings.rise)
         )
-        self.batches = epochs(len(rows), settings.batch_size, phase.iterations)
+        self.batches = parallel.drawn(epochs(len(rows), settings.batch_size, phase.iterations))
         self.keep()
 
     def take(self) -> Tensor:
         """One step; its loss."""
         self.optimizer.zero_grad()
         batch, total = next(self.batches), torch.zeros(())
-        for part in self.rows[batch].split(self.stage.at_once):
+        for part in self.rows[batch][parallel.share(len(batch))].split(self.stage.at_once):
+            if not len(part):
+                continue
             loss = self.stage.loss(self.stage.changed(part)) * (len(part) / len(batch))
             loss.backward()
             total += loss.detach().cpu()
+        parallel.sum_gradients(self._parameters())
         self.optimizer.step()
         self.schedule.step()
         return total
