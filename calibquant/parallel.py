@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -223,7 +224,11 @@ def align(network: nn.Module) -> None:
 
 def synchronized(network: nn.Module) -> nn.Module:
     """A network whose gradients become the mean over all processes in backward; alone, the network itself."""
-    return network if world() == 1 else DistributedDataParallel(network, broadcast_buffers=False)
+    if world() == 1:
+        return network
+    with warnings.catch_warnings():  # torch 2.13 has another name for this, which 2.9 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, broadcast_buffers=False)
 
 
 @contextmanager

@@ -76,6 +76,8 @@ _LEARNED: dict[str, Any] = {
     "precision": "auto",
 }
 
+_FAST: dict[str, Any] = {"reconstruct": {**_LEARNED, "iterations": 100, "network": {"iterations": 120}}}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "nearest": {"reconstruct": {"method": "none"}},
     "gram": {"quant": {"weights": {"rounding": "gram"}}, "reconstruct": {"method": "none"}},
@@ -94,8 +96,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaround": {"reconstruct": {"method": "adaround"}},
     "brecq": {"reconstruct": {"method": "brecq", "scale_lr": 4e-4}},
     "qdrop": {"reconstruct": {"method": "qdrop"}},
-    "fast": {"reconstruct": {**_LEARNED, "iterations": 100, "network": {"iterations": 120}}},
+    "fast": _FAST,
     "best": {"reconstruct": {**_LEARNED, "iterations": 500, "network": {"iterations": 1000}}},
+    # Quantization-aware training from where `fast` ends.
+    "qat": {**_FAST, "finetune": {}},
+    # What AMCT's retraining does by default, with its observers.
+    "amct-qat": {
+        "quant": {
+            "weights": {"symmetric": True, "observer": "arq"},
+            "activations": {"observer": "ifmr"},
+        },
+        "reconstruct": {"method": "none"},
+        "finetune": {
+            "weights": "arq",
+            "activations": "ulq",
+            "labels": 1.0,
+            "distill": 0.0,
+            "iterations": 2000,
+            "batch_size": 25,
+            "optimizer": "sgd",
+            "nesterov": False,
+            "lr": 1e-5,
+            "scale_lr": 1e-5,
+            "weight_decay": 1e-4,
+            "precision": "float32",
+        },
+    },
     "captq": {"quant": {"boundary": "captq"}, "reconstruct": {"method": "qdrop"}},
     "adaround-reference": {**_BRECQ_CODE, "reconstruct": {**_BRECQ_CODE["reconstruct"], "method": "adaround"}},
     "brecq-reference": _BRECQ_CODE,
