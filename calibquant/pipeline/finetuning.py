@@ -21,11 +21,12 @@ from calibquant.pipeline.preparing import learned_preprocess, open_set
 from calibquant.pipeline.reporting import log, note
 from calibquant.pipeline.stages import Job, Live
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
-from calibquant.pipeline.training import check_shares, length_of, line_of
+from calibquant.pipeline.training import length_of, line_of
+from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantPlan
 from calibquant.recipe import AugmentRecipe, FinetuneRecipe
 from calibquant.reconstruction import correct_biases
-from calibquant.runfolder import RunFolder, final_path, open_run
+from calibquant.runfolder import RECEIPT, RunFolder, final_path, open_run
 from calibquant.training import (
     Distillation,
     Source,
@@ -63,11 +64,11 @@ def adopt(job: Job, start: Path) -> None:
         RunFolderError: the run is of another network.
     """
     run = open_run(start)
-    try:
-        restore(job.model, load_safetensors(run.read(MODEL)))
-    except (KeyError, ValueError, RuntimeError) as error:
-        problem = f"is of another network than the recipe's ({error})"
-        raise RunFolderError(start, problem, "name the network and the weights that it was made of") from None
+    own = {row["parameter"] for row in run.read_json(GRAPH)["nodes"] if row["op"] == "get_attr"}
+    if network_hash(job.model, own) != run.read_json(RECEIPT)["network"]:
+        mend = "name the network and the weights that it was made of"
+        raise RunFolderError(start, "is of another network than the recipe's", mend)
+    restore(job.model, load_safetensors(run.read(MODEL)))
     job.model.to(job.device)
     job.facts["started_from"] = str(start)
 
@@ -82,7 +83,6 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     """
     settings = job.recipe.finetune
     assert settings is not None
-    check_shares(settings, "finetune")
     source, held = _open(job, settings, live)
     before = artifact_tensors(job.model)
     with job.steps.begin("finetune", _title(settings, source, held)):

@@ -33,6 +33,7 @@ from calibquant.pipeline.stages import (
     settle,
     step_names,
 )  # fmt: skip
+from calibquant.pipeline.training import check_shares
 from calibquant.pipeline.writing import run_metrics, run_stem, write_run
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe, make_recipe
@@ -168,6 +169,8 @@ def resume(
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
     threads, plan = set_threads(recipe.threads), adopted_plan(folder)
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
+    if recipe.finetune is not None:
+        check_shares(recipe.finetune, "finetune")
     with log_to(folder):
         job = open_job(recipe, live, steps, folder, plan)
         manifest = manifest_csv(job.prepared.manifest)

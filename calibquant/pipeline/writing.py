@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -114,10 +114,12 @@ def run_stem(recipe: Recipe, network: nn.Module | None, what: str) -> str:
     return f"{safe}-{what}"
 
 
-def network_hash(model: QuantModel) -> str:
-    """SHA-256 over the names and values of the float network's parameters, BatchNorm folded."""
+def network_hash(model: QuantModel, names: Collection[str] | None = None) -> str:
+    """SHA-256 over the names and values of the float network's parameters, BatchNorm folded; of some or of all."""
     digest = hashlib.sha256()
     for name, tensor in sorted(parameter_tensors(model.teacher).items()):
+        if names is not None and name not in names:
+            continue
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -208,9 +208,8 @@ class LearnedEnds(nn.Module):
         """`x` on the grid, float32, the same shape."""
         scale, zero_point = self.affine()
         if self.kind == "ulq":
-            return learned_fake_quantize(x, scale, zero_point, self.grid)
+            return learned_fake_quantize(x, scale, zero_point, self.grid, values=x[0].numel())
         low, high = self.ends()
-        clipped = torch.minimum(torch.maximum(x, low), high)
+        clipped = torch.minimum(torch.maximum(x, low), high)  # the grid's own ends may lie half a step beside these
         scale, zero_point = scale.detach(), torch.round(zero_point.detach())
-        rounded = fake_quantize(clipped.detach(), scale, zero_point, self.grid, PerTensor())
-        return straight_through(clipped, rounded)
+        return straight_through(clipped, fake_quantize(x.detach(), scale, zero_point, self.grid, PerTensor()))

@@ -174,12 +174,12 @@ def decided(share: Tensor) -> Tensor:
 
 
 def learned_fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None = None, values: int | None = None
 ) -> Tensor:
     """LSQ and LSQ+: per-tensor fake quantization that passes gradients to the values, the scale and the zero point.
 
     q = (clamp(round(x / scale) + round(zero_point), qmin, qmax) - round(zero_point)) * scale. Rounding passes gradients
-    through; those of scale and zero point are multiplied by 1 / sqrt(numel * qmax). Sources: Esser et al., "Learned
+    through; those of scale and zero point are multiplied by 1 / sqrt(values * qmax). Sources: Esser et al., "Learned
     Step Size Quantization", ICLR 2020, eq. 1 to 5; Bhalgat et al., "LSQ+", CVPRW 2020.
 
     Args:
@@ -188,11 +188,12 @@ def learned_fake_quantize(
         zero_point: int32, or float32 parameter where it is learned, ().
         grid: the codes.
         kept: float32, the shape of `x`: 1 where the value is quantized, 0 where it passes as it is; None quantizes all.
+        values: of which gradients are made; None: all of `x`, as QDrop's code counts; LSQ counts those of one image.
 
     Returns:
         float32, the shape of `x`; where kept, equal to `numerics.affine.fake_quantize` bit for bit.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept, values or x.numel())
     return result
 
 
@@ -210,7 +211,9 @@ class _FakeQuantize(torch.autograd.Function):
     """One pass forward that leaves what backward needs: autograd's own chain of ten ops reads memory twice as often."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None, values: int
+    ) -> Tensor:
         zero_point = torch.round(zero_point)
         steps = x / scale
         codes = torch.round(steps).add_(zero_point)
@@ -224,7 +227,7 @@ class _FakeQuantize(torch.autograd.Function):
             by_scale.mul_(kept)
             inside.sub_(1).mul_(kept).add_(1)
         ctx.save_for_backward(by_scale, inside, scale)
-        ctx.factor = (x.numel() * grid.qmax) ** -0.5
+        ctx.factor = (values * grid.qmax) ** -0.5
         return quantized
 
     @staticmethod
@@ -237,4 +240,4 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # a clipped value moves by -scale with each step of the zero point
             of_zero_point = (gradient * (passing - 1)).sum() * scale * ctx.factor
         of_x = gradient * passing if ctx.needs_input_grad[0] else None
-        return of_x, of_scale, of_zero_point, None, None
+        return of_x, of_scale, of_zero_point, None, None, None

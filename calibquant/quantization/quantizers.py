@@ -117,7 +117,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.name, self.plan, self.dynamic, self.enabled = name, plan, dynamic, True
         self.learned_scale: nn.Parameter | None = None  # the scale, or the logarithm of its change
-        self.relative = False
+        self.relative = self.by_image = False
         self.learned_zero_point: nn.Parameter | None = None
         self.ends: LearnedEnds | None = None  # in place of both
         self.drop = 0.0  # share of the values that pass unquantized while reconstructing (QDrop)
@@ -174,7 +174,8 @@ class ActivationQuantizer(nn.Module):
             return fake_quantize(x, scale, zero_point, grid, granularity, self.channel_bits)
         if self.drop or x.requires_grad or scale.requires_grad:
             kept = kept_values(x, self.drop) if self.drop else None
-            return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept)
+            values = x[0].numel() if self.by_image else None
+            return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept, values)
         return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
 
     def current_scale(self) -> Tensor:
@@ -192,13 +193,17 @@ class ActivationQuantizer(nn.Module):
         self.learned_scale.data.copy_(_positive(self.learned_scale.data))
         return self.learned_scale
 
-    def start_learning(self, relative: bool = False) -> nn.Parameter:
+    def start_learning(self, relative: bool = False, by_image: bool = False) -> nn.Parameter:
         """From now on the scale is learned (LSQ): as it is, or as the logarithm of its change.
+
+        Args:
+            relative: as the logarithm of its change.
+            by_image: its gradient's factor counts the values of an image, and not of the batch, which may be a part.
 
         Raises:
             QuantizationError: there is one for each channel.
         """
-        scale, self.relative = self._only_range()[0], relative
+        scale, self.relative, self.by_image = self._only_range()[0], relative, by_image
         self.learned_scale = nn.Parameter(torch.zeros_like(scale) if relative else scale.clone())
         return self.learned_scale
 

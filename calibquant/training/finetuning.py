@@ -68,7 +68,7 @@ def begin_finetuning(model: QuantModel, settings: FinetuneRecipe) -> Training:
         if kind in ("pact", "ulq"):
             scales += quantizer.start_learning_ends(kind, relative)
             continue
-        scales.append(quantizer.start_learning(relative))
+        scales.append(quantizer.start_learning(relative, by_image=True))
         if kind == "lsq+":
             scales.append(quantizer.start_learning_zero_point())
     device = next(iter(tensors.values())).device

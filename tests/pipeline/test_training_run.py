@@ -215,7 +215,7 @@ def test_a_loss_that_diverges_keeps_the_checkpoint_and_says_how_to_go_on(
     def spoiled(logits: Tensor, *_: Any) -> Tensor:
         return logits.mean() * next(factors)
 
-    monkeypatch.setattr("calibquant.training.engine.classification_loss", spoiled)
+    monkeypatch.setattr("calibquant.training.losses.classification_loss", spoiled)
     with pytest.raises(ModelError) as caught:
         calibquant.train(SMALL | {"runs": str(tmp_path)}, *small())
     monkeypatch.undo()

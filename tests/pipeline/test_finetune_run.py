@@ -1,0 +1,196 @@
+"""`calibquant finetune`: from a run or a recipe to a trained run, its files, its resume, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training_run import DIGITS, StopAt
+
+import calibquant
+from calibquant.cli import main
+from calibquant.data import TensorImages
+from calibquant.errors import ModelError, RecipeError, RunFolderError
+from calibquant.pipeline import resume
+from calibquant.pipeline.deployed import evaluate_onnx
+from calibquant.recipe import load_recipe, make_recipe
+
+FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "deploy.onnx")
+SHORT = ["finetune.epochs=2", "finetune.batch_size=48", "finetune.lr=0.005", "finetune.holdout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A trained network of digits at W2A2."""
+    runs = tmp_path_factory.mktemp("runs")
+    trained = calibquant.train(DIGITS | {"runs": str(runs)})
+    return {
+        "model": {"name": "digits_resnet", "weights": str(trained.folder / "weights.safetensors")},
+        "data": DIGITS["data"], "threads": 1, "runs": str(runs), "calibration": {"count": 64, "batch_size": 32},
+        "quant": {"weights": {"bits": 2}, "activations": {"bits": 2}},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(recipe: dict[str, Any]) -> calibquant.Run:
+    return calibquant.quantize(recipe)
+
+
+@pytest.fixture(scope="module")
+def tuned(start: calibquant.Run) -> calibquant.Run:
+    return calibquant.finetune(start.folder, SHORT)
+
+
+def test_training_helps_and_tells_before_and_after(start: calibquant.Run, tuned: calibquant.Run) -> None:
+    told = tuned.metrics["finetune"]
+    assert told["before"]["top1"] == start.metrics["quantized"]["top1"]
+    assert tuned.metrics["quantized"]["top1"] > start.metrics["quantized"]["top1"] + 0.02
+    assert [row["epoch"] for row in told["epochs"]] == [1, 2]
+    assert told["kept"]
+    assert told["best_epoch"] in (1, 2)
+    assert (told["training_images"], told["held_out_images"], told["processes"]) == (1080, 120, 1)
+    assert tuned.metrics["started_from"] == str(start.folder)
+    assert tuned.folder.name == "digits_resnet-w2a2-qat-001"
+
+
+def test_the_result_is_an_artifact_like_any_other(start: calibquant.Run, tuned: calibquant.Run) -> None:
+    files = {path.name for path in tuned.folder.iterdir()}
+    assert files == {path.name for path in start.folder.iterdir()}
+    images = torch.rand(20, 1, 16, 16)
+    loaded = calibquant.load(tuned.folder)
+    assert torch.equal(loaded(images), tuned.model(images))
+    assert loaded.plan == calibquant.load(start.folder).plan
+    assert evaluate_onnx(tuned.folder / "deploy.onnx")["agreement_with_simulation"] == 1.0
+
+
+def test_a_recipe_with_the_section_does_both(recipe: dict[str, Any], tuned: calibquant.Run) -> None:
+    both = calibquant.quantize(make_recipe(recipe, SHORT))
+    assert both.metrics["quantized"] == tuned.metrics["quantized"]
+    assert both.metrics["finetune"]["before"] == tuned.metrics["finetune"]["before"]
+
+
+@pytest.mark.parametrize("from_run", [True, False])
+def test_interrupted_in_any_epoch_it_ends_with_the_same_bytes(
+    recipe: dict[str, Any], start: calibquant.Run, tuned: calibquant.Run, tmp_path: Path, from_run: bool
+) -> None:
+    keys = [*SHORT, f"runs={tmp_path}"]
+    stop = StopAt(30)
+    begun = (
+        partial(calibquant.finetune, start.folder, keys, reporter=stop)
+        if from_run
+        else partial(calibquant.quantize, make_recipe(recipe, keys), reporter=stop)
+    )
+    with pytest.raises(RunFolderError, match="was interrupted; go on with calibquant quantize --resume"):
+        begun()
+    name = "digits_resnet-w2a2-qat-001" if from_run else "digits_resnet-w2a2-001"
+    assert (tmp_path / f".{name}.partial" / "checkpoint-finetune.json").is_file()
+    again = resume(tmp_path / name)
+    for file in FILES[:4]:
+        assert (again.folder / file).read_bytes() == (tuned.folder / file).read_bytes(), file
+    assert not list(again.folder.glob("checkpoint*"))
+
+
+def test_what_does_no_better_on_the_images_held_out_is_rolled_back(start: calibquant.Run) -> None:
+    keys = ["finetune.iterations=1", "finetune.batch_size=48", "finetune.holdout=0.1", "finetune.lr=0.5"]
+    tuned = calibquant.finetune(start.folder, keys)
+    assert not tuned.metrics["finetune"]["kept"]
+    assert tuned.metrics["finetune"]["best_epoch"] == 0
+    assert tuned.metrics["quantized"] == start.metrics["quantized"]
+
+
+def test_labels_are_not_needed(start: calibquant.Run, recipe: dict[str, Any]) -> None:
+    images = TensorImages(torch.rand(60, 1, 16, 16))
+    network = calibquant.pipeline.preparing.build(make_recipe(recipe))
+    run = calibquant.quantize(
+        {"calibration": {"count": 32}, "finetune": {"epochs": 1, "batch_size": 20, "holdout": 0.2}, "threads": 1,
+         "runs": recipe["runs"], "export": {"onnx": False}}, network, images,
+    )  # fmt: skip
+    held = run.metrics["finetune"]["epochs"][0]["accuracy"]
+    assert 0 < held <= 1  # agreement with the float network
+
+
+def test_means_are_put_back_at_the_end(start: calibquant.Run) -> None:
+    keys = ["finetune.iterations=3", "finetune.batch_size=48", "export.onnx=false"]
+    folded = calibquant.finetune(start.folder, keys).model
+    again = calibquant.finetune(start.folder, [*keys, "finetune.batch_norm=reestimated"]).model
+    images = torch.rand(64, 1, 16, 16)
+    with torch.no_grad():
+        errors = [float((m(images).mean(0) - m.teacher(images).mean(0)).abs().mean()) for m in (folded, again)]
+    pairs = zip(folded.weight_quantizers.values(), again.weight_quantizers.values(), strict=True)
+    assert all(torch.equal(a.get().codes, b.get().codes) for a, b in pairs)
+    assert errors[0] != errors[1]
+
+
+def test_amcts_preset_retrains_with_ulq_and_arq(recipe: dict[str, Any]) -> None:
+    given = {**recipe, "preset": "amct-qat", "quant": {"weights": {"bits": 4}, "activations": {"bits": 4}}}
+    run = calibquant.quantize(make_recipe(given, ["finetune.iterations=60", "finetune.lr=0.001"]))
+    told = load_recipe(run.folder / "recipe.yaml").finetune
+    assert told is not None
+    assert (told.weights, told.activations, told.labels, told.distill) == ("arq", "ulq", 1.0, 0.0)
+    assert run.metrics["quantized"]["top1"] > 0.9
+    for quantizer in run.model.weight_quantizers.values():
+        codes = quantizer.get().codes.flatten(1)
+        ends = (codes == quantizer.grid.qmin) | (codes == quantizer.grid.qmax)
+        assert ends.any(1).all()  # each filter's range is that of its weights
+
+
+def test_the_command_goes_from_a_run_to_its_table(
+    start: calibquant.Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    keys = ["finetune.iterations=2", "finetune.batch_size=48", f"runs={tmp_path}", "export.onnx=false"]
+    assert main(["finetune", str(start.folder), *keys]) == 0
+    out = capsys.readouterr().out
+    for words in ("Train the quantized network for 2 steps", "top-1 % before training", "top-1 % after", "Run folder:"):
+        assert words in out
+    assert main(["finetune", str(start.folder), *keys, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finetune"]["best_epoch"] == 1
+
+
+WRONG = [
+    (["finetune.labels=0", "finetune.distill=0"], "finetune.distill: is 0, and finetune.labels too"),
+    (["finetune.features=1", "finetune.labels=1", "finetune.distill=0"], "finetune.features: stands beside"),
+    (["finetune.mixup=0.2"], "finetune.mixup: mixes labels, which have no weight"),
+    (["finetune.batch_size=50", "finetune.accumulate=3"], "finetune.accumulate: 50 images make no 3 equal parts"),
+    (["finetune.warm_up=9"], "finetune.warm_up: 9 epochs of 5; leave epochs for the fall"),
+    (["finetune.epochs=5", "model.submodule=layer1"], "finetune: trains a whole network, not its part layer1"),
+    (["finetune.weights=arq", "quant.weights.grid=apot"], "finetune.weights: arq needs a uniform grid"),
+    (["finetune.epochs=5", "quant.activations.granularity=per_channel"], "finetune.activations: learns one range"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), WRONG)
+def test_settings_that_do_not_fit_are_refused(recipe: dict[str, Any], keys: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make_recipe(recipe, keys)
+
+
+def test_a_run_of_another_network_is_refused(start: calibquant.Run) -> None:
+    with pytest.raises(RunFolderError, match="is of another network than the recipe's"):
+        calibquant.finetune(start.folder, ["model.weights=null", *SHORT])
+
+
+def test_a_loss_that_diverges_names_the_mend(start: calibquant.Run, tmp_path: Path) -> None:
+    keys = [*SHORT, f"runs={tmp_path}", "finetune.scale_lr=1e3"]
+    with pytest.raises(
+        ModelError, match=r"use a lower finetune\.lr, or go on from the last epoch: calibquant finetune"
+    ):
+        calibquant.finetune(start.folder, keys)
+
+
+def test_a_training_run_is_no_start(recipe: dict[str, Any]) -> None:
+    with pytest.raises(RunFolderError, match="is a run of calibquant train"):
+        calibquant.finetune(Path(recipe["model"]["weights"]).parent)
+
+
+def test_a_damaged_start_is_refused(start: calibquant.Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in start.folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(RunFolderError, match="is damaged"):
+        calibquant.finetune(copy)
