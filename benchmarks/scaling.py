@@ -60,8 +60,8 @@ def main() -> None:
         for name, rates in found.items()
     ]  # fmt: skip
     text = common.table(["processes", "images a second", "of one thread's"], body) + (
-        f"\nResNet-20 on CIFAR-10 at W4A4, batches of {BATCH} in all, {given.steps} steps a run, median of {given.rounds} "
-        f"rounds; {os.cpu_count()} cores, gloo.\n"
+        f"\nResNet-20 on CIFAR-10 at W4A4, batches of {BATCH} in all, {given.steps} steps a run, median of "
+        f"{given.rounds} rounds; {os.cpu_count()} cores, gloo.\n"
     )
     common.write("scaling", "python benchmarks/scaling.py --data DATA", {"rates": found}, text)
 
