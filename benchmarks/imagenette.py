@@ -55,9 +55,9 @@ def text_of(rows: list[dict[str, Any]]) -> str:
         body.append([network, str(first["epochs"]), f"{first['seconds'] / 3600:.1f}", f"{100 * first['float']:.2f}",
                      *cells, sizes])  # fmt: skip
     return common.table(header, body) + (
-        f"\nTrained from scratch on Imagenette's training images at 96 pixels, on one core; {rows[0]['count']} validation "
-        "images. Placement `integer`, boundary `qdrop` (W8A8: `none`), 256 training images calibrate, seed 1005; qdrop "
-        "with 500 iterations of 8 images. MB: float32, then each way's file.\n"
+        "\nTrained from scratch on Imagenette's training images at 96 pixels, on one core; "
+        f"{rows[0]['count']} validation images. Placement `integer`, boundary `qdrop` (W8A8: `none`), 256 training "
+        "images calibrate, seed 1005; qdrop with 500 iterations of 8 images. MB: float32, then each way's file.\n"
     )
 
 

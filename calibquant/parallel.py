@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import platform
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,12 +133,15 @@ def together() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(_local_rank())
+    before = signal.signal(signal.SIGTERM, _ended)  # torchrun sends it to those that are left
     with _speaking():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         with _speaking():
             yield
+            dist.barrier()  # none leaves while another still speaks
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 
@@ -239,8 +243,15 @@ def _speaking() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _LOST):
             raise
-        where, mend = f"process {os.environ.get('RANK', '?')}", "start the job again with --resume"
-        raise ParallelError(where, "lost another process, whose own message says why", mend) from error
+        raise _lost("lost another process, whose own message says why") from error
+
+
+def _ended(*_: object) -> None:
+    raise _lost("was told to end: another process is lost, whose own message says why, or the job was stopped")
+
+
+def _lost(problem: str) -> ParallelError:
+    return ParallelError(f"process {os.environ.get('RANK', '?')}", problem, "start the job again with --resume")
 
 
 def _local_rank() -> int:

@@ -68,11 +68,19 @@ def scores(_: Path) -> Any:
 
 
 def learned(folder: Path) -> Any:
-    """Unit by unit, then the whole network: losses of the units and learned scales."""
-    way = {"method": "qdrop", "drop": 0.0, "iterations": 12, "rounding_lr": 0.01, "bias_lr": 0.01, "scale_lr": 0.001,
+    """Unit by unit, then the whole network: losses of the units and learned scales.
+
+    After a few steps more a last bit turns a rounding, and results part.
+    """
+    way = {"method": "qdrop", "drop": 0.0, "iterations": 3, "rounding_lr": 0.01, "bias_lr": 0.01, "scale_lr": 0.001,
            "weight_scale_lr": 0.005, "relative_scales": True,
-           "network": {"iterations": 6, "augment": False, "batch_size": 16}}  # fmt: skip
+           "network": {"iterations": 3, "augment": False, "batch_size": 16}}  # fmt: skip
     run = run_of(folder, reconstruct=way)
+    return result_of(run)
+
+
+def result_of(run: calibquant.Run) -> dict[str, Any]:
+    """Losses of the units, and all scales."""
     return {
         "losses": [[u["loss_before"], u["loss_after"]] for u in run.metrics["units"]],
         "scales": [float(s) for q in run.model.quantizers for s in q.scale.reshape(-1)],  # type: ignore[union-attr]
@@ -81,8 +89,8 @@ def learned(folder: Path) -> Any:
 
 def fisher(folder: Path) -> Any:
     """With the importance of outputs in the loss, and roundings alone."""
-    run = run_of(folder, reconstruct={"method": "adaround", "loss": "fisher", "iterations": 12, "rounding_lr": 0.01})
-    return {"losses": [[u["loss_before"], u["loss_after"]] for u in run.metrics["units"]]}
+    run = run_of(folder, reconstruct={"method": "adaround", "loss": "fisher", "iterations": 3, "rounding_lr": 0.01})
+    return result_of(run)
 
 
 def tuned(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     for processes in (1, 2):
         out = tmp_path_factory.mktemp(f"of{processes}") / "out.json"
         done = start(processes, ",".join(JOBS), str(out))
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[:3000]
         found.append(json.loads(out.read_text()))
         left = list(out.parent.rglob("receipt.json"))
         assert len(left) == 7  # one run folder a run, whichever the number of processes
@@ -54,20 +55,14 @@ def test_evaluation_loses_and_repeats_no_image(both: tuple[dict[str, Any], dict[
     assert two["scores"]["logits"] == 101
 
 
-def test_reconstruction_with_a_global_batch_learns_the_same(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """The first unit nearly to the bit; later ones are fed by roundings that a last bit may have turned."""
-    one, two = (result["learned"] for result in both)
-    assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-4)
+@pytest.mark.parametrize("job", ["learned", "fisher"])
+def test_reconstruction_with_a_global_batch_learns_the_same(
+    both: tuple[dict[str, Any], dict[str, Any]], job: str
+) -> None:
+    one, two = (result[job] for result in both)
     for ours, theirs in zip(one["losses"], two["losses"], strict=True):
-        assert theirs == pytest.approx(ours, rel=0.05)
-    assert two["scales"] == pytest.approx(one["scales"], rel=0.01)
-    assert any(after < before for before, after in one["losses"])
-
-
-def test_so_it_does_with_fisher_weights(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    one, two = (result["fisher"]["losses"] for result in both)
-    for ours, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(ours, rel=0.02)
+    assert two["scales"] == pytest.approx(one["scales"], rel=5e-3)  # three steps may change them by 1.5 %
 
 
 def test_training_takes_the_same_steps(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -96,15 +91,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_job_that_lost_a_process_says_so_and_goes_on_to_the_same_end(recipe: Path) -> None:
     place = recipe.parent
     whole = start(2, "command", "finetune", str(recipe), "runs=whole", cwd=place)
-    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert whole.returncode == 0, whole.stderr[:3000]
     assert whole.stdout.count("Run folder:") == 1
     killed = start(2, "command", "--die-in-epoch", "1", "finetune", str(recipe), "runs=killed", cwd=place)
     assert killed.returncode != 0
-    assert "process 0: lost another process, whose own message says why; start the job again with --resume" in (
-        " ".join(killed.stderr.split())
-    )
+    told = " ".join(killed.stderr.split())
+    # It notices by itself, or torchrun tells it first.
+    assert re.search("process 0: (lost another process|was told to end: another process is lost), whose own", told)
+    assert "start the job again with --resume" in told
     again = start(2, "command", "finetune", "--resume", "killed/digits_resnet-w4a4-001", cwd=place)
-    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.returncode == 0, again.stderr[:3000]
     assert "going on after epoch 1" in again.stdout
     for name in FILES:
         one, other = (place / runs / "digits_resnet-w4a4-001" / name for runs in ("whole", "killed"))
