@@ -44,17 +44,20 @@ SOME = 64  # images on which the size of the units' values is measured
 
 
 def adopt_plan(folder: RunFolder, start: Path) -> None:
-    """Keep the plan of a finished run in the folder of the one that goes on from it.
+    """Keep name and plan of a finished run in the folder of the one that goes on from it.
 
     Raises:
         RunFolderError: it is no complete run.
     """
-    folder.write(START, open_run(start).read(GRAPH))
+    folder.write_json(START, {"run": str(start), "graph": open_run(start).read_json(GRAPH)})
 
 
-def adopted_plan(folder: RunFolder) -> QuantPlan | None:
-    """The plan that `adopt_plan` kept; None in a run of its own."""
-    return plan_of(folder.read_json(START)) if (folder.path / START).is_file() else None
+def adopted_plan(folder: RunFolder) -> tuple[QuantPlan | None, str | None]:
+    """The plan that `adopt_plan` kept, and the run's name; None for both in a run of its own."""
+    if not (folder.path / START).is_file():
+        return None, None
+    kept = folder.read_json(START)
+    return plan_of(kept["graph"]), kept["run"]
 
 
 def adopt(job: Job, start: Path) -> None:
@@ -70,7 +73,6 @@ def adopt(job: Job, start: Path) -> None:
         raise RunFolderError(start, "is of another network than the recipe's", mend)
     restore(job.model, load_safetensors(run.read(MODEL)))
     job.model.to(job.device)
-    job.facts["started_from"] = str(start)
 
 
 def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:

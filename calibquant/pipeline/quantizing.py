@@ -167,7 +167,7 @@ def resume(
 
 
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
-    threads, plan = set_threads(recipe.threads), adopted_plan(folder)
+    threads, (plan, started_from) = set_threads(recipe.threads), adopted_plan(folder)
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
     if recipe.finetune is not None:
         check_shares(recipe.finetune, "finetune")
@@ -209,7 +209,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
                 recipe, job.prepared, job.model, float_result, quantized, progress.layers, progress.reports,
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
-            metrics |= job.facts
+            metrics |= job.facts | ({} if started_from is None else {"started_from": started_from})
             machine = {"threads": threads, "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
             folder.remove("checkpoint*")

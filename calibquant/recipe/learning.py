@@ -155,6 +155,9 @@ class FinetuneRecipe(TrainRecipe):
     lr: Positive = Field(default=1e-3, description="of weights and biases, the schedule's peak")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="of weights")
     precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
+    holdout: float = Field(
+        default=0.02, ge=0, le=0.5, description="share of the training images that choose the best epoch, or the start"
+    )
     weights: Literal["lsq", "arq"] = Field(
         default="lsq", description="lsq: their scales are learned; arq: they follow the weights' range in each step"
     )

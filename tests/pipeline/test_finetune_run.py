@@ -89,6 +89,7 @@ def test_interrupted_in_any_epoch_it_ends_with_the_same_bytes(
     name = "digits_resnet-w2a2-qat-001" if from_run else "digits_resnet-w2a2-001"
     assert (tmp_path / f".{name}.partial" / "checkpoint-finetune.json").is_file()
     again = resume(tmp_path / name)
+    assert again.metrics.get("started_from") == (str(start.folder) if from_run else None)
     for file in FILES[:4]:
         assert (again.folder / file).read_bytes() == (tuned.folder / file).read_bytes(), file
     assert not list(again.folder.glob("checkpoint*"))
