@@ -62,5 +62,5 @@ TRAININGS = [
      lambda s: s.run()),
     ("full disk", T, r"cannot be written \(No space left on device\); free space", lambda s: s.full_disk("os.fsync")),
     ("Ctrl-C", T, "interrupted; nothing was left behind",
-     lambda s: s.fail("calibquant.training.engine.classification_loss", KeyboardInterrupt())),
+     lambda s: s.fail("calibquant.training.losses.classification_loss", KeyboardInterrupt())),
 ]  # fmt: skip
