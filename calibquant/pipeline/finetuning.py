@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,12 +87,13 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     source, held = _open(job, settings, live)
     before = artifact_tensors(job.model)
     with job.steps.begin("finetune", _title(settings, source, held)):
-        first = None if held is None else _validate(job, held, job.model)
+        judge = None if held is None else _judge(job, held)
+        first = None if judge is None else judge(job.model)
         training = begin_finetuning(job.model, settings)
         images = fingerprint(source.images)
         if load_training(folder, training, images, STATE):
             note(job.reporter, f"going on after epoch {len(training.reports)}")
-        kept = _fit(job, folder, training, source, settings, held, images)
+        kept = _fit(job, folder, training, source, settings, judge, images)
         best = max((r.accuracy for r in training.reports if r.accuracy is not None), default=None)
         result = artifact_tensors(finished(training, kept))
         helped = first is None or best is None or best >= first
@@ -120,7 +120,7 @@ def _fit(
     training: Training,
     source: Source,
     settings: FinetuneRecipe,
-    held: ImageSet | None,
+    judge: Callable[[nn.Module], float] | None,
     images: str,
 ) -> nn.Module:
     def save(now: Training) -> None:
@@ -128,10 +128,9 @@ def _fit(
         save_training(folder, now, images, STATE)
 
     some = next(source.epoch(0))[0][:SOME]
-    validate: Callable[[nn.Module], float] | None = None if held is None else partial(_validate, job, held)
     try:
         objective = Distillation(job.model, settings, some)
-        return fit(training, source, settings, objective, validate, save, job.reporter.progress)
+        return fit(training, source, settings, objective, judge, save, job.reporter.progress)
     except ModelError as error:
         run = final_path(folder.path)
         mend = (
@@ -153,15 +152,17 @@ def _open(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[Source, Image
     return source, held
 
 
-def _validate(job: Job, held: ImageSet, network: nn.Module) -> float:
+def _judge(job: Job, held: ImageSet) -> Callable[[nn.Module], float]:
     """Accuracy on the images held out; without labels, agreement with the float network."""
     size, device = job.recipe.evaluation.batch_size, job.device
-    reference = None
-    if (held.labels() < 0).any():
-        reference = evaluate(job.model.teacher, held, size, device=device).predictions
-    scores = evaluate(network.eval(), held, size, reference=reference, device=device).scores
-    found = scores.top1 if reference is None else scores.agreement
-    return found or 0.0
+    unknown = bool((held.labels() < 0).any())
+    reference = evaluate(job.model.teacher, held, size, device=device).predictions if unknown else None
+
+    def judge(network: nn.Module) -> float:
+        scores = evaluate(network.eval(), held, size, reference=reference, device=device).scores
+        return (scores.agreement if unknown else scores.top1) or 0.0
+
+    return judge
 
 
 def _reestimate(job: Job, folder: RunFolder) -> None:

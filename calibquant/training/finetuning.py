@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibquant.parallel import reduced_precision, synchronized
+from calibquant import parallel
 from calibquant.quantization import QuantModel
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.student import Student, distillation_loss
@@ -29,13 +29,13 @@ class Distillation:
     def __init__(self, model: QuantModel, settings: FinetuneRecipe, images: Tensor) -> None:
         self.settings = settings
         self.student = Student(model, settings.features > 0)
-        self.network = synchronized(self.student)
-        self.sizes = self.student.sizes(images) if settings.features else [1.0]
+        self.network = parallel.synchronized(self.student)
+        self.sizes = parallel.first(self.student.sizes(images)) if settings.features else [1.0]
 
     def __call__(self, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
         settings = self.settings
         images, share, partners = mixed_batch(images, settings.mixup, stream)
-        with reduced_precision(images.device, settings.precision):
+        with parallel.reduced_precision(images.device, settings.precision):
             got = self.network(images)
             wanted = self.student.wanted(images) if settings.distill else ()
         parts = []
