@@ -14,9 +14,11 @@ from typing import Any
 
 import common
 
-from calibquant.pipeline import quantize, run_recipe
+from calibquant.pipeline import quantize
+from calibquant.recipe import load_recipe
 from calibquant.runfolder import TRAINED, TRAINING, open_run
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "train"
 SHORT = ("reconstruct.iterations=500", "reconstruct.batch_size=8", "reconstruct.rounding_lr=0.01")
 WAYS: dict[str, tuple[str, ...]] = {
     "W8A8": ("preset=int8",),
@@ -29,10 +31,11 @@ WAYS: dict[str, tuple[str, ...]] = {
 def measure(training: Path, way: str, given: Any) -> dict[str, Any]:
     folder = open_run(training, (TRAINING,))
     metrics = folder.read_json("metrics.json")
-    keys = [f"model.weights={training / TRAINED}", f"data.root={given.data / 'imagenette10'}", "train=null",
+    keys = [f"model.weights={training / TRAINED}", f"data.root={given.data / 'imagenette10'}",
             f"threads={given.threads}", f"runs={given.runs / 'imagenette'}", "calibration.count=256",
             "export.onnx=false"]  # fmt: skip
-    run = quantize(run_recipe(folder, [*keys, *WAYS[way]]))
+    # The training's own recipe has every default written out, and would win over a preset.
+    run = quantize(load_recipe(CONFIGS / f"{metrics['model']}-imagenette.yaml", [*keys, *WAYS[way]]))
     scores = run.metrics["quantized"]
     return {
         "network": metrics["model"], "epochs": len(metrics["epochs"]), "way": way, "float": metrics["float"]["top1"],

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from calibquant.data import ImageSet
-from calibquant.errors import RunFolderError
+from calibquant.errors import RecipeError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import load_artifact
 from calibquant.parallel import resolve_device, set_threads
@@ -117,5 +117,12 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: B
 
 
 def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a run folder, with overrides."""
+    """The recipe of a run folder, with overrides.
+
+    Raises:
+        RecipeError: an override is not valid, or names a preset, which would change nothing.
+    """
+    if any(key.partition("=")[0].strip() == "preset" for key in overrides or []):
+        problem = "sets what a recipe leaves open, and a run's recipe has every field written out"
+        raise RecipeError("override, preset", problem, "override the fields themselves, e.g. finetune.weights=arq")
     return make_recipe(yaml.safe_load(folder.read("recipe.yaml")), overrides, str(folder.path / "recipe.yaml"))

@@ -182,6 +182,11 @@ def test_a_loss_that_diverges_names_the_mend(start: calibquant.Run, tmp_path: Pa
         calibquant.finetune(start.folder, keys)
 
 
+def test_a_preset_would_change_nothing_of_a_run(start: calibquant.Run) -> None:
+    with pytest.raises(RecipeError, match="override, preset: sets what a recipe leaves open, and a run's recipe has"):
+        calibquant.finetune(start.folder, ["preset=amct-qat"])
+
+
 def test_a_training_run_is_no_start(recipe: dict[str, Any]) -> None:
     with pytest.raises(RunFolderError, match="is a run of calibquant train"):
         calibquant.finetune(Path(recipe["model"]["weights"]).parent)
