@@ -28,7 +28,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
 VALUES_AT_ONCE = 3 << 19  # numbers in the images of a batch: ten images of 3 x 224 x 224
 LARGEST_KEPT = 256 << 20  # bytes; a larger tensor, such as all images' features, goes back to the system when freed
 
-_LOST = ("gloo", "nccl", "connection", "peer")  # words of torch's errors when another process is gone
+_GONE = ("gloo", "nccl", "connection", "peer")  # words of torch's errors when another process is gone
 
 Value = TypeVar("Value")
 
@@ -133,9 +133,9 @@ def together() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(_local_rank())
-    before = signal.signal(signal.SIGTERM, _ended)  # torchrun sends it to those that are left
     with _speaking():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    before = signal.signal(signal.SIGTERM, _ended)  # torchrun sends it to those that are left
     try:
         with _speaking():
             yield
@@ -223,7 +223,8 @@ def align(network: nn.Module) -> None:
     if world() > 1:
         with _speaking():
             for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+                if buffer.is_floating_point():  # codes are the same, and gloo knows no int16
+                    dist.broadcast(buffer, 0)
 
 
 def synchronized(network: nn.Module) -> nn.Module:
@@ -241,7 +242,7 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _LOST):
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _GONE):
             raise
         raise _lost("lost another process, whose own message says why") from error
 

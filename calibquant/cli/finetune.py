@@ -41,7 +41,7 @@ def finetune(
         else:
             recipe = load_recipe(start, keys)  # type: ignore[arg-type]
             if recipe.finetune is None:
-                recipe = load_recipe(start, ["finetune.epochs=5", *keys])  # type: ignore[arg-type]
+                recipe = load_recipe(start, ["finetune={}", *keys])  # type: ignore[arg-type]
             run = pipeline.quantize(recipe, reporter=reporter)
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})

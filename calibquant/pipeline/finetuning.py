@@ -101,7 +101,7 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
         job.model.to(job.device)
         if not helped:
             note(job.reporter, "no epoch did better than the start on the images held out: rolled back")
-        if settings.batch_norm == "reestimated":
+        if helped and settings.batch_norm == "reestimated":
             _reestimate(job, folder)
     job.facts["finetune"] |= {
         "held_out_before": first,

@@ -126,7 +126,7 @@ def finetune(
     done = open_run(start)
     recipe = run_recipe(done, overrides)
     if recipe.finetune is None:
-        recipe = run_recipe(done, ["finetune.epochs=5", *(overrides or [])])
+        recipe = run_recipe(done, ["finetune={}", *(overrides or [])])
     with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, f"{recipe.setting.lower()}-qat"))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         adopt_plan(folder, start)

@@ -39,7 +39,8 @@ class EpochReport:
         epoch: counted from 1.
         loss: mean training loss of its steps.
         lr: learning rate of its last step.
-        accuracy: top-1 on the images held out, of the average where there is one; None where it was not measured.
+        accuracy: top-1 on the images held out, of the average where there is one; without labels, agreement with the
+            float network; None where it was not measured.
         seconds: of the epoch.
     """
 
