@@ -129,7 +129,7 @@ def resume_training(
 
 def line_of(report: EpochReport) -> str:
     """An epoch in words."""
-    held = "" if report.accuracy is None else f", held-out top-1 {100 * report.accuracy:.2f}"
+    held = "" if report.accuracy is None else f", held out {100 * report.accuracy:.2f}"
     return f"epoch {report.epoch}: loss {report.loss:.4f}, lr {report.lr:.2e}{held}, {report.seconds:.1f} s"
 
 
