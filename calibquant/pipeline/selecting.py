@@ -23,7 +23,7 @@ from calibquant.errors import DataError
 from calibquant.numerics.distance import output_loss
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.reporting import Reporter, note
-from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
+from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan, weight_energies
 from calibquant.recipe import Recipe
 from calibquant.reconstruction import round_weights
 from calibquant.selection import Needs, Pool, labelled_pool, needs_of, parse_strategy, score_pool, select
@@ -112,10 +112,10 @@ class Candidates:
         """
         recipe, device = self.recipe, resolve_device(self.recipe.device)
         model = QuantModel(self.teacher.to(device), make_plan(self.teacher, recipe.quant))
-        calibrate_weights(model, recipe.quant)
-        calibrate_activations(
-            model, recipe.quant.activations, self._batches(pool, rows), lambda part: self.mount(part).to(device)
-        )
+        mount = lambda part: self.mount(part).to(device)  # noqa: E731
+        energies = weight_energies(model, recipe.quant, self._batches(pool, rows), mount)
+        calibrate_weights(model, recipe.quant, energies=energies)
+        calibrate_activations(model, recipe.quant.activations, self._batches(pool, rows), mount)
         model.to(device)
         if sum(node.op == "placeholder" for node in self.teacher.graph.nodes) == 1:
             entering = torch.cat(list(self._batches(pool, rows)))

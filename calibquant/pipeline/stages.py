@@ -33,6 +33,7 @@ from calibquant.quantization import (
     calibrate_weights,
     fit_biases,
     make_plan,
+    weight_energies,
 )
 from calibquant.recipe import Recipe, ReconstructRecipe
 from calibquant.reconstruction import (
@@ -213,7 +214,8 @@ def calibrate(job: Job) -> Progress:
     recipe, model, steps = job.recipe, job.model, job.steps
     width = "their" if recipe.quant.mixed else recipe.quant.weights.bits
     with steps.begin("weights", f"Round weights to {width} bits"):
-        calibrate_weights(model, recipe.quant, steps.reporter.progress)
+        energies = weight_energies(model, recipe.quant, range_batches(job, Silent()), job.mount)
+        calibrate_weights(model, recipe.quant, steps.reporter.progress, energies)
     with steps.begin("activations", f"Observe activations for {recipe.quant.activations.bits} bits"):
         _observe(job, steps.reporter)
     model.to(job.device)  # ranges are found on the CPU

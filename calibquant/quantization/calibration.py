@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from calibquant.recipe import ActivationRecipe, QuantRecipe
 
 
 def calibrate_weights(
-    model: QuantModel, recipe: QuantRecipe, progress: Callable[[int, int], None] | None = None
+    model: QuantModel,
+    recipe: QuantRecipe,
+    progress: Callable[[int, int], None] | None = None,
+    energies: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Find each weight's range, and the bits of its channels where they share them, and round it to nearest.
 
@@ -30,17 +33,20 @@ def calibrate_weights(
         model: its weight quantizers receive codes, scales and zero points.
         recipe: the observer.
         progress: called with (done, total).
+        energies: by weight, where the recipe clusters by them; see `energies.weight_energies`.
 
     Raises:
         QuantizationError: a weight is not finite.
     """
+    if energies is None and recipe.weights.clustering != "plain":
+        raise ValueError(f"{recipe.weights.clustering} clustering needs the weights' energies")
     tensors = parameter_tensors(model.teacher)
     for done, (name, quantizer) in enumerate(model.weight_quantizers.items(), start=1):
         weight, plan = tensors[name], quantizer.plan
         if not torch.isfinite(weight).all():
             raise QuantizationError(name, "holds NaN or Inf", "check the weights file")
         if plan.levels is not None:
-            quantizer.set(leveled_weight(weight, plan, plan.levels))
+            quantizer.set(leveled_weight(weight, plan, plan.levels, (energies or {}).get(name)))
         elif plan.allocation == "none":
             low, high = weight_range(weight, recipe.weights, plan)
             scale, zero_point = affine_from_range(low, high, plan.grid, plan.symmetric)

@@ -27,7 +27,7 @@ ROUNDS = 4  # of new scales and new levels in turn
 INT8 = Grid(8, signed=True)
 
 
-def leveled_weight(weight: Tensor, plan: TensorPlan, levels: LevelPlan) -> QTensor:
+def leveled_weight(weight: Tensor, plan: TensorPlan, levels: LevelPlan, energy: Tensor | None = None) -> QTensor:
     """A weight rounded to the nearest of the levels that its plan names, with the scales that suit them best.
 
     Levels that are given: the scale of least squared error of each channel (exact for ternary and one-bit binary
@@ -38,11 +38,14 @@ def leveled_weight(weight: Tensor, plan: TensorPlan, levels: LevelPlan) -> QTens
         weight: float, any shape.
         plan: its granularity; the grid is that of signed 8 bits.
         levels: which.
+        energy: for "codebook" and "nuq": what the squared error of each weight is multiplied by, positive, the shape of
+            `weight`; None: 1.
     """
     rows = as_matrix(weight, plan.granularity)
     top = rows.abs().amax(1).clamp(min=MIN_SCALE * TOP)
     if levels.kind in ("codebook", "nuq"):
-        scale, table = _learned(rows, top / TOP, levels)
+        mass = torch.ones_like(rows) if energy is None else as_matrix(energy, plan.granularity)
+        scale, table = _learned(rows, mass, top / TOP, levels)
     else:
         table = torch.tensor(_given(levels), dtype=torch.int8)
         scale = _scales(rows, table, top / int(table.max()), levels.kind)
@@ -68,32 +71,32 @@ def _scales(rows: Tensor, table: Tensor, start: Tensor, kind: str) -> Tensor:
     return best_scale(rows, table.to(rows.device), start)
 
 
-def _learned(rows: Tensor, scale: Tensor, levels: LevelPlan) -> tuple[Tensor, Tensor]:
-    """Scales (R,) and levels, int8 (n,) or (R, n)."""
+def _learned(rows: Tensor, mass: Tensor, scale: Tensor, levels: LevelPlan) -> tuple[Tensor, Tensor]:
+    """Scales (R,) and levels, int8 (n,) or (R, n); squared errors count by `mass`, (R, K)."""
     rounds = 1 if levels.kind == "nuq" else ROUNDS
     granularity, best = PerChannel(0), (torch.inf, scale, torch.zeros(0))
     for _ in range(rounds):
         units = rows / scale[:, None]
-        table = _clustered(torch.round(units) if levels.kind == "nuq" else units, scale, levels)
+        table = _clustered(torch.round(units) if levels.kind == "nuq" else units, mass, scale, levels)
         codes = on_levels(units, table, granularity)
-        error = float(((codes * scale[:, None] - rows).double() ** 2).sum())
+        error = float((mass * (codes * scale[:, None] - rows).double() ** 2).sum())
         if error >= best[0]:
             break
         best = error, scale, table
-        size = codes.square().sum(1)
-        scale = torch.where(size > 0, (codes * rows).sum(1) / size.clamp(min=1e-30), scale)
+        size = (mass * codes.square()).sum(1)
+        scale = torch.where(size > 0, (mass * codes * rows).sum(1) / size.clamp(min=1e-30), scale)
         scale = torch.maximum(scale, best[1] / 4).clamp(min=MIN_SCALE)
     return best[1], best[2]
 
 
-def _clustered(units: Tensor, scale: Tensor, levels: LevelPlan) -> Tensor:
+def _clustered(units: Tensor, mass: Tensor, scale: Tensor, levels: LevelPlan) -> Tensor:
     """The best levels for values in units of their scales, int8; those of a shared table weigh by scale^2."""
-    limited = units.clamp(-TOP, TOP).double().cpu().numpy()
+    limited, weights = (values.double().cpu().numpy() for values in (units.clamp(-TOP, TOP), mass))
     if levels.own:
-        found = [_padded(cluster(*gathered(row, np.ones(len(row))), levels.count, whole=True), levels.count)
-                 for row in limited]  # fmt: skip
+        found = [_padded(cluster(*gathered(*row), levels.count, whole=True), levels.count)
+                 for row in zip(limited, weights, strict=True)]  # fmt: skip
         return torch.tensor(np.stack(found), dtype=torch.int8, device=units.device)
-    weights = scale.double().cpu().numpy()[:, None].repeat(limited.shape[1], 1) ** 2
+    weights = weights * scale.double().cpu().numpy()[:, None] ** 2
     weights = weights / weights.max()
     table = cluster(*gathered(limited.ravel(), weights.ravel() + 1e-12), levels.count, whole=True)
     return torch.tensor(_padded(table, levels.count), dtype=torch.int8, device=units.device)

@@ -48,6 +48,11 @@ class WeightRecipe(Section):
         default=None, ge=2, le=128, description="codebook: how many, none: 2^bits; nuq: how many of 256, none: 32"
     )
     codebook: Literal["per_tensor", "per_channel"] = Field(default="per_tensor", description="what shares levels")
+    clustering: Literal["plain", "second-order"] = Field(
+        default="plain",
+        description="codebook and nuq: levels for the least error of the weights, or of what layers make of the "
+        "calibration images with them, to second order",
+    )
     symmetric: bool = False
     granularity: Granularity = "per_channel"
     allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
@@ -77,6 +82,8 @@ class WeightRecipe(Section):
     @model_validator(mode="after")
     def _grid_fits(self) -> WeightRecipe:
         where = "quant.weights"
+        if self.clustering != "plain" and self.grid not in ("codebook", "nuq"):
+            raise conflict(f"{where}.clustering", f"{self.grid} finds no levels", "use the grid codebook or nuq")
         if self.grid == "uniform":
             if self.bits == 1:
                 mend = "use the grid codebook or binary"

@@ -25,10 +25,11 @@ from calibquant.quantization import QuantModel, calibrate_weights, make_plan
 from calibquant.recipe import QuantRecipe, make_recipe
 from calibquant.runfolder import RunFolder
 
+SECOND = {"clustering": "second-order"}
 GRIDS: list[tuple[str, int, dict[str, Any]]] = [
     ("power-of-two", 4, {}), ("apot", 4, {}), ("apot", 6, {}), ("codebook", 1, {}), ("codebook", 2, {}),
-    ("codebook", 3, {"codebook": "per_channel"}), ("codebook", 4, {"levels": 11}), ("codebook", 6, {}),
-    ("nuq", 8, {}), ("nuq", 8, {"levels": 16}), ("ternary", 2, {}), ("binary", 1, {}), ("binary", 2, {}),
+    ("codebook", 3, {"codebook": "per_channel", **SECOND}), ("codebook", 4, {"levels": 11}), ("codebook", 6, {}),
+    ("nuq", 8, {}), ("nuq", 8, {"levels": 16, **SECOND}), ("ternary", 2, {}), ("binary", 1, {}), ("binary", 2, {}),
 ]  # fmt: skip
 IMAGES = TensorImages(torch.randn(72, 3, 10, 10, generator=torch.Generator().manual_seed(3)))
 

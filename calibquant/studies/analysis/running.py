@@ -18,7 +18,7 @@ from calibquant.export.artifact import size_of
 from calibquant.parallel import set_threads
 from calibquant.pipeline.reporting import Reporter, Silent
 from calibquant.pipeline.stages import Job, Steps, calibrate, open_job, range_batches, step_names
-from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
+from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan, weight_energies
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.sensitivity import harm_of, one_at_a_time, second_order
 from calibquant.recipe import Recipe
@@ -197,7 +197,8 @@ def _effect(job: Job, widest: list[Harm], images: Any) -> Effect | None:
     names = tuple(harm.name for harm in widest)
     quant = job.recipe.quant.model_copy(update={"bits": {**job.recipe.quant.bits, **dict.fromkeys(names, WIDE)}})
     wider = QuantModel(job.model.teacher, make_plan(job.model.teacher, quant))
-    calibrate_weights(wider, quant)
+    energies = weight_energies(wider, quant, range_batches(job, Silent()), job.mount)
+    calibrate_weights(wider, quant, energies=energies)
     calibrate_activations(wider, quant.activations, range_batches(job, Silent()), job.mount)
     wider.to(job.device)
     losses, agreements = zip(*(_against_float(job, model, images()) for model in (job.model, wider)), strict=True)
