@@ -4,8 +4,8 @@
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
 (ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `time` (plain `qdrop`, for its seconds beside
-QDrop's code), `mechanisms` (W2A2, one mechanism after another), `large`
-(at W4A4, `best` in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
+QDrop's code), `mechanisms` (W2A2, one mechanism after another), `large` (at W4A4, `best`, and its units without the
+network's stage, in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
 `integer` (the integer placement at W4A4, and its deploy.onnx). A cell is a run; what was done is kept below --runs, so
 that the same command goes on. --trained is the run of
 `calibquant train configs/train/resnet18-imagenette.yaml`.
@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "qdrop, bfloat16": ("preset=qdrop", "reconstruct.iterations=2000", "reconstruct.precision=auto"),
     "fast": ("preset=fast",),
     "best": ("preset=best",),
+    "best, units alone": ("preset=best", "reconstruct.network.iterations=0"),
     "qdrop, 500 iterations": ("preset=qdrop", SHORT),
     "+ higher rounding rate": ("preset=qdrop", SHORT, RATE),
     "+ relative scale rate": ("preset=qdrop", SHORT, RATE, *SCALES),
@@ -83,7 +84,8 @@ STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
     "time": (("ResNet-20",), ("W4A4", "W2A2"), ("qdrop", "qdrop, bfloat16")),
     "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
-    "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), ("qdrop, 500 iterations of 8", "best")),
+    "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), 
+              ("qdrop, 500 iterations of 8", "best", "best, units alone")),
     "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
 }  # fmt: skip
 
@@ -176,9 +178,9 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
 
 def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Large networks: whether `best` agrees on more images with the float network than `qdrop` does."""
-    networks, _, (baseline, _) = STUDIES["large"]
-    tests = {(t["network"], t["setting"], t["seed"]): t for t in known}
-    for row in (r for r in rows if r["network"] in networks and r["variant"] == "best"):
+    networks, _, (baseline, *others) = STUDIES["large"]
+    tests = {(t["network"], t["setting"], t["seed"], t["a"]): t for t in known}
+    for row in (r for r in rows if r["network"] in networks and r["variant"] in others):
         mine, other = cell_of(row), Cell(row["network"], row["setting"], baseline, row["seed"])
         if not (mine.path(given).is_file() and other.path(given).is_file()):
             continue
@@ -187,8 +189,9 @@ def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]
         for cell in (mine, other):
             with np.load(cell.path(given), allow_pickle=False) as stored:
                 agrees.append(stored["predictions"] == wanted)
-        tests[row["network"], row["setting"], row["seed"]] = {
-            "network": row["network"], "setting": row["setting"], "seed": row["seed"], "a": "best", "b": baseline,
+        tests[row["network"], row["setting"], row["seed"], row["variant"]] = {
+            "network": row["network"], "setting": row["setting"], "seed": row["seed"], "a": row["variant"],
+            "b": baseline,
             "agreement_a": float(agrees[0].mean()), "agreement_b": float(agrees[1].mean()),
             "p": mcnemar(agrees[0], agrees[1]),
         }  # fmt: skip

@@ -1,61 +1,158 @@
-"""Weights on grids beyond uniform: ResNet-20 on CIFAR-10 at 1 to 4 bits, weights only, with reconstruction.
+"""Weights on grids beyond uniform: ResNet-20 on CIFAR-10 at 1 to 4 bits with reconstruction, and NUQ on 8-bit networks.
 
-    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--grids …] [--bits 1..4] [--seeds 1005 …]
+    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq] [--bits 1..4] [--seeds 1005 …]
 
-DATA holds weights/ and cifar-10-batches-bin/. `calibquant compare --grids` with the preset `fast`; activations have 16
-bits. What was done is kept below --runs, so that the same command goes on.
+DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: `calibquant compare --grids` with the preset `fast`,
+activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel. `nuq`:
+the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. What was done is kept below
+--runs or in the results, so that the same command goes on.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import common
 
+from calibquant.pipeline import quantize
+from calibquant.recipe import load_recipe
 from calibquant.studies.compare import compare
 from calibquant.studies.compare.running import FIGURE
+from calibquant.studies.paired import over_seeds, spread
 
-CONFIG = Path(__file__).parents[1] / "configs" / "resnet20-cifar10.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 GRIDS = ("uniform", "codebook", "apot", "power-of-two", "ternary", "binary")
+VARIANTS = {
+    "codebook, second order": "quant.weights.clustering=second-order",
+    "codebook, each channel": "quant.weights.codebook=per_channel",
+}
+BASELINE = "uniform"
 ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop",
             "quant.activations.bits=16", "export.onnx=false")  # fmt: skip
+NETWORKS = {
+    "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", 1024),
+    "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", 256),
+}
+LEVELS = {"uniform": (), "32 levels": ("quant.weights.grid=nuq",),
+          "16 levels": ("quant.weights.grid=nuq", "quant.weights.levels=16"),
+          "32 levels, second order": ("quant.weights.grid=nuq", "quant.weights.clustering=second-order")}  # fmt: skip
+
+
+def source_of(network: str, given: Any) -> tuple[Path, list[str]]:
+    """A network's recipe, and the keys that name its weights and images."""
+    config, weights, root, _ = NETWORKS[network]
+    keys = [f"model.weights={given.data / 'weights' / weights}", f"data.root={given.data / root}"]
+    return CONFIGS / config, [*keys, f"threads={given.threads}"]
+
+
+def few_bits(given: Any) -> list[dict[str, Any]]:
+    """A row for each setting and grid, with the top-1 of each seed."""
+    config, source = source_of("ResNet-20", given)
+    keys = [*source, *ONE_DRAW]
+    done = compare(config, ["fast"], [given.bits], given.seeds, None, keys, given.runs / "grids", grids=GRIDS)
+    shutil.copyfile(done.folder / FIGURE, common.RESULTS / "grids.png")
+    rows = rows_of(done.result, None)
+    for number, (name, key) in enumerate(VARIANTS.items()):
+        out = given.runs / f"grids-{number}"
+        more = compare(config, ["fast"], [given.bits], given.seeds, None, [*keys, key], out, grids=["codebook"])
+        rows += rows_of(more.result, name)
+    order = [*GRIDS, *VARIANTS]
+    return sorted(rows, key=lambda row: (row["setting"], order.index(row["grid"])))
+
+
+def rows_of(result: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
+    """The table of a comparison, and the top-1 of its cells by seed."""
+    top1: dict[tuple[str, str], dict[str, float]] = {}
+    for cell in result["cells"]:
+        top1.setdefault((cell["setting"], cell["method"]), {})[str(cell["seed"])] = cell["top1"]
+    return [
+        {
+            "setting": row["setting"], "grid": name or row["method"].partition(":")[2],
+            "weight_bits": row["weight_bits"], "bytes": row["bytes"], "float_top1": result["float_top1"],
+            "top1": top1[row["setting"], row["method"]],
+        }
+        for row in result["table"]
+    ]  # fmt: skip
+
+
+def few_levels(given: Any) -> list[dict[str, Any]]:
+    """8-bit networks and the same with few of the levels."""
+    rows = []
+    for network in NETWORKS:
+        config, source = source_of(network, given)
+        wanted = None
+        for name, keys in LEVELS.items():
+            fixed = ["preset=int8", f"calibration.count={NETWORKS[network][3]}", f"runs={given.runs / 'nuq'}"]
+            run = quantize(load_recipe(config, [*source, *fixed, *keys]))
+            wanted = run.evaluation.predictions if wanted is None else wanted
+            size = run.metrics["size"]
+            rows.append({
+                "network": network, "levels": name, "top1": run.metrics["quantized"]["top1"],
+                "agreement": float((run.evaluation.predictions == wanted).mean()), "images": len(wanted),
+                "entropy": size["code_entropy"], "codes": size["codes"], "compressed": size["compressed_codes"],
+            })  # fmt: skip
+    return rows
+
+
+def text_of(facts: dict[str, Any]) -> str:
+    return bits_text(facts.get("bits", [])) + levels_text(facts.get("nuq", []))
+
+
+def bits_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    base = {row["setting"]: row["top1"] for row in rows if row["grid"] == BASELINE}
+    body = []
+    for row in rows:
+        found, other = spread([100 * v for v in row["top1"].values()]), base.get(row["setting"], {})
+        sd, against = "" if found.sd is None else f" ± {found.sd:.2f}", "–"
+        shared = [100 * (v - other[seed]) for seed, v in row["top1"].items() if seed in other]
+        if row["grid"] != BASELINE and shared:
+            test = over_seeds(shared)
+            ends = "" if test.interval is None else f" [{test.interval[0]:+.2f}, {test.interval[1]:+.2f}]"
+            against = f"{test.difference.mean:+.2f}{ends}, {test.verdict}"
+        body.append([row["setting"], row["grid"], str(found.n), f"{found.mean:.2f}{sd}", f"{row['weight_bits']:.2f}",
+                     f"{row['bytes']:,}", against])  # fmt: skip
+    header = ["setting", "grid", "seeds", "top-1 %", "bits a weight", "bytes", "against uniform"]
+    return common.table(header, body) + (
+        f"\nFloat top-1 {100 * rows[0]['float_top1']:.2f} %. Preset `fast`, the first 1,024 training images, "
+        "placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against uniform levels: mean "
+        "difference in points with its 95 % interval over the seeds, and whether that excludes 0.\n\n![](grids.png)\n\n"
+    )
+
+
+def levels_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    body = [
+        [r["network"], r["levels"], f"{100 * r['top1']:.2f}", f"{100 * r['agreement']:.2f}", f"{r['entropy']:.2f}",
+         f"{r['codes']:,}", f"{r['compressed']:,}"]
+        for r in rows
+    ]  # fmt: skip
+    header = ["network", "8-bit weights", "top-1 %", "decides as uniform %", "entropy, bits a code", "packed codes",
+              "deflated codes"]  # fmt: skip
+    images = " and ".join(f"{r['images']:,}" for r in rows if r["levels"] == "uniform")
+    return common.table(header, body) + (
+        f"\nPreset `int8`, {images} evaluation images. Bytes of all weights' codes: packed, and after deflate.\n"
+    )
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--grids", nargs="+", default=[*GRIDS])
+    parser.add_argument("--studies", nargs="+", choices=["bits", "nuq"], default=["bits", "nuq"])
     parser.add_argument("--bits", default="1..4")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
     given = parser.parse_args()
-    keys = [f"model.weights={given.data / 'weights' / 'resnet20-12fca82f.th'}", f"threads={given.threads}",
-            f"data.root={given.data / 'cifar-10-batches-bin'}", *ONE_DRAW]  # fmt: skip
-    done = compare(CONFIG, ["fast"], [given.bits], given.seeds, None, keys, given.runs / "grids", grids=given.grids)
-    rows, tests = done.result["table"], {(t["method"], t["setting"]): t for t in done.result["tests"]}
-    body = []
-    for row in rows:
-        test, top1 = tests.get((row["method"], row["setting"])), row["top1"]
-        sd = "" if top1["sd"] is None else f" ± {100 * top1['sd']:.2f}"
-        against = "–" if test is None else f"{100 * test['difference']:+.2f}, {test['verdict']}"
-        body.append(
-            [
-                row["setting"],
-                row["method"].partition(":")[2],
-                str(row["seeds"]),
-                f"{100 * top1['mean']:.2f}{sd}",
-                f"{row['weight_bits']:.2f}",
-                f"{row['bytes']:,}",
-                against,
-            ]
-        )
-    header = ["setting", "grid", "seeds", "top-1 %", "bits a weight", "bytes", f"against {done.result['baseline']}"]
-    text = common.table(header, body) + (
-        f"\nFloat top-1 {100 * done.result['float_top1']:.2f} %. Preset `fast`, the first 1,024 training images, "
-        "placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against uniform levels: mean "
-        "difference in points, and whether its 95 % interval over the seeds excludes 0.\n\n![](grids.png)\n"
-    )
-    shutil.copyfile(done.folder / FIGURE, common.RESULTS / "grids.png")
-    common.write("grids", "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA", {"result": done.result}, text)
+    path = common.RESULTS / "grids.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = {study: facts[study] for study in ("bits", "nuq") if study in facts}
+    for study in given.studies:
+        facts[study] = few_bits(given) if study == "bits" else few_levels(given)
+        command = "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA"
+        common.write("grids", command, facts, text_of(facts))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Tensors of model.safetensors:
     <parameter>              float32, what is not quantized (biases, unfolded norms)
     activations.scale        float32, (A,), in the order of graph.json: those with one scale
     activations.zero_point   int32, (A,)
+    activations.<node>.levels  uint8, (n,), the codes that occur, of an activation on a grid that is not uniform
     activations.<node>.scale, .zero_point, .channel_bits   (C,), of an activation with a scale for each channel
     bias_deltas.<node>       float32, (C,), what corrections add to the bias at a node; absent where there are none
 """
@@ -91,6 +92,7 @@ def artifact_tensors(model: QuantModel) -> dict[str, Tensor]:
         pairs = [q.get() for q in single]
         tensors["activations.scale"] = torch.stack([scale.cpu() for scale, _ in pairs])
         tensors["activations.zero_point"] = torch.stack([zero_point.cpu() for _, zero_point in pairs])
+    tensors |= {f"activations.{q.name}.levels": q.levels.cpu() for q in single if q.levels is not None}
     for activation in channels:
         scale, zero_point = activation.get()
         bits = activation.channel_bits
@@ -138,7 +140,7 @@ def size_of(model: QuantModel) -> Size:
     each = [_weight_bytes(w, q) for w, q in weights]
     codes, scales = sum(c for c, _ in each), sum(s for _, s in each)
     single, channels = _stored_ranges(model)
-    scales += 8 * len(single) + sum(
+    scales += sum(8 + (0 if q.levels is None else len(q.levels)) for q in single) + sum(
         8 * len(q.zero_point) + (0 if q.channel_bits is None else len(q.channel_bits))
         for q in channels
         if q.scale is not None
@@ -274,6 +276,8 @@ def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
         ranges = zip(stored["activations.scale"], stored["activations.zero_point"], strict=True)
         for activation, (scale, zero_point) in zip(single, ranges, strict=True):
             activation.scale, activation.zero_point = scale.clone(), zero_point.clone()
+            if activation.plan.levels is not None:
+                activation.levels = _read_codes(stored[f"activations.{activation.name}.levels"], activation)
     for activation in channels:
         own = f"activations.{activation.name}"
         activation.scale, activation.zero_point = (stored[f"{own}.{key}"].clone() for key in ("scale", "zero_point"))
@@ -284,6 +288,15 @@ def restore(model: QuantModel, stored: dict[str, Tensor]) -> None:
         if delta is not None and tuple(delta.shape) != model.bias_shape(node):
             raise ValueError(f"bias_deltas.{node} has the shape {tuple(delta.shape)}")
         correction.delta = None if delta is None else delta.clone()
+
+
+def _read_codes(levels: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """The levels of an activation."""
+    assert quantizer.plan.levels is not None
+    fits = levels.dtype == torch.uint8 and levels.dim() == 1 and 1 <= len(levels) <= quantizer.plan.levels.count
+    if not fits or (levels[1:] <= levels[:-1]).any():
+        raise ValueError(f"activations.{quantizer.name}.levels are not up to {quantizer.plan.levels.count} codes")
+    return levels.clone()
 
 
 def _read_weight(stored: dict[str, Tensor], name: str, shape: tuple[int, ...], plan: TensorPlan) -> QTensor:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from calibquant.export.program import ActivationGrid
+from calibquant.numerics.levels import nearest_levels
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -52,6 +54,11 @@ def centered(codes: Codes, grid: ActivationGrid) -> Centered:
 def saturate(values: npt.NDArray[Any], grid: ActivationGrid) -> Codes:
     """Whole numbers limited to uint8 and then to the limits of the codes, which lie within it."""
     return np.clip(values, grid.low, grid.high).astype(np.uint8)
+
+
+def level_table(grid: ActivationGrid) -> Codes:
+    """For each of the 256 codes the nearest of the grid's levels, halfway the lower one."""
+    return nearest_levels(torch.tensor(grid.levels, dtype=torch.uint8)).numpy()
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

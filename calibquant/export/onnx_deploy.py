@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibquant.export.kernels import level_table
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph, Shape
 from calibquant.export.onnx_ops import ROWS
-from calibquant.export.program import QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
+from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Storage = Literal["packed", "int8"]
@@ -65,6 +66,8 @@ class _DeployFile:
         for step in self.steps:
             if step.op == QUANTIZE:
                 self._quantize(self._float(step.inputs[0]), step)
+            elif step.op == LEVELS:
+                self._to_levels(step)
             elif step.on_codes:
                 self._on_codes(step)
             elif step.op == "linear" and step.integer and len(self.shapes[step.inputs[0]]) != 2:
@@ -81,6 +84,13 @@ class _DeployFile:
         assert step.grid is not None
         zero = np.uint8(step.grid.zero_point)
         ROWS[step.op](self._call(step, step.inputs, step.output, zero))
+
+    def _to_levels(self, step: Step) -> None:
+        """Codes looked up in a table of the nearest levels; Gather takes no indices of 8 bits."""
+        assert step.grid is not None
+        table = self.graph.constant(level_table(step.grid), np.uint8)
+        places = self.graph.node("Cast", [step.inputs[0]], self.graph.free(f"{step.output}.index"), to=6)  # INT32
+        self.graph.node("Gather", [table, places], step.output, axis=0)
 
     def _computed(self, step: Step) -> None:
         """On dequantized inputs, then rounded; where `step.integer`, ONNX Runtime makes one integer kernel of it."""
@@ -168,7 +178,7 @@ class _DeployFile:
 
     def _scale(self, value: str, grid: ActivationGrid) -> tuple[str, str]:
         """Scale and zero point, stored once for all values on a grid."""
-        key = replace(grid, bits=8, low=0, high=255)
+        key = replace(grid, bits=8, low=0, high=255, levels=None)
         if key not in self.scales:
             scale = self.graph.tensor(f"{value}.scale", np.asarray(grid.scale, np.float32))
             self.scales[key] = scale, self.graph.tensor(f"{value}.zero_point", np.uint8(grid.zero_point))  # type: ignore[arg-type]
@@ -249,7 +259,9 @@ class _DeployFile:
             "calibquant.file": "deploy",
             "calibquant.storage": self.storage,
             "calibquant.weights": text({name: weight.stored_bits for name, weight in self.weights.items()}),
-            "calibquant.activations": text({s.output: s.grid.bits for s in self.program.steps if s.grid is not None}),
+            "calibquant.activations": text(
+                {s.output: s.grid.stored_bits for s in self.program.steps if s.grid is not None}
+            ),
             "calibquant.notes": text(list(self.program.notes)),
         }
 

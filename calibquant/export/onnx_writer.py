@@ -19,6 +19,7 @@ from calibquant.export.onnx_ops import ROWS
 from calibquant.export.program import Step, names_of
 from calibquant.graph.ops import OPS, op_of
 from calibquant.numerics.affine import MIN_SCALE, code_limits
+from calibquant.numerics.levels import nearest_levels
 from calibquant.quantization import QuantModel
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.quantizers import ActivationQuantizer
@@ -133,6 +134,10 @@ def write_fake_quantize(graph: OnnxGraph, name: str, quantizer: ActivationQuanti
         low, high = (graph.tensor(f"{name}.limit", end.astype(np.float32)) for end in ends)
         raised = graph.node("Max", [moved, low], graph.free(f"{name}.raised"))
         codes = graph.node("Min", [raised, high], graph.free(f"{name}.codes"))
+    if quantizer.levels is not None:
+        table = graph.constant(nearest_levels(quantizer.levels.cpu()).float().numpy())
+        places = graph.node("Cast", [codes], graph.free(f"{name}.index"), to=6)  # TensorProto.INT32
+        codes = graph.node("Gather", [table, places], graph.free(f"{name}.level"), axis=0)
     centered = graph.node("Sub", [codes, zero_point], graph.free(f"{name}.centered"))
     return graph.node("Mul", [centered, scale], f"{name}.quantized")
 

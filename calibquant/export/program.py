@@ -26,7 +26,9 @@ from calibquant.quantization import QuantModel
 from calibquant.quantization.biases import bias_step, kernel_scale, kernel_shift, scale_factors, with_larger_scale
 from calibquant.quantization.model import parameter_tensors
 
-QUANTIZE = "quantize"  # the only op of a program that is not canonical: float or codes in, codes on another grid out
+# The ops of a program that are not canonical.
+QUANTIZE = "quantize"  # float or codes in, codes on another grid out
+LEVELS = "levels"  # codes in, the nearest of the grid's levels out
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ActivationGrid:
         zero_point: a code.
         bits: of the codes.
         low, high: limits of the codes that the step which makes them keeps; within 0 … 2^bits - 1.
+        levels: the codes that occur, ascending; None: any.
     """
 
     scale: np.float32
@@ -45,6 +48,12 @@ class ActivationGrid:
     bits: int
     low: int
     high: int
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that tell one of its codes from the others."""
+        return self.bits if self.levels is None else max(1, (len(self.levels) - 1).bit_length())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +120,7 @@ class Step:
     """One operation.
 
     Args:
-        op: a canonical op, or `quantize`.
+        op: a canonical op, `quantize` or `levels`.
         inputs: names of values, as the op's positional arguments: a name, None, or a tuple of names (cat). Parameters
             are named too; None stands for `weight`, and for the bias of an integer product.
         output: name of the value it makes, that of the graph node whose value it is.
@@ -334,7 +343,7 @@ class _Lowering:
         """The value of a node on a grid: as it is, if it lies there already."""
         value = self.value[source]
         own = self.grids[value]
-        same = own is not None and (own.scale, own.zero_point) == (grid.scale, grid.zero_point)
+        same = own is not None and _meaning(own) == _meaning(grid)
         if same and grid.low <= own.low and own.high <= grid.high:  # type: ignore[union-attr]
             return value
         return self._quantized(value, grid, name)
@@ -350,9 +359,16 @@ class _Lowering:
             return None
         scale, zero_point = quantizer.get()
         grid = quantizer.plan.grid
-        return ActivationGrid(np.float32(scale.item()), int(zero_point), grid.bits, grid.qmin, grid.qmax)
+        levels = None if quantizer.levels is None else tuple(quantizer.levels.tolist())
+        return ActivationGrid(np.float32(scale.item()), int(zero_point), grid.bits, grid.qmin, grid.qmax, levels)
 
     def _add(self, step: Step) -> None:
+        """Take a step; the codes that it makes on a grid of few levels are rounded on to these."""
+        grid = step.grid
+        if grid is not None and grid.levels is not None and not step.on_codes:
+            wide = f"{step.output}.wide"
+            self._add(replace(step, output=wide, grid=replace(grid, levels=None)))
+            step = Step(LEVELS, (wide,), step.output, grid=grid, on_codes=True)
         self.steps.append(step)
         self.grids[step.output] = step.grid
 
@@ -367,6 +383,10 @@ def _limited(grid: ActivationGrid, low: float, high: float) -> ActivationGrid:
         for value, end in ((low, grid.low), (high, grid.high))
     ]
     return replace(grid, low=ends[0], high=ends[1])
+
+
+def _meaning(grid: ActivationGrid) -> tuple[Any, ...]:
+    return grid.scale, grid.zero_point, grid.levels
 
 
 def _code(value: float, grid: ActivationGrid) -> int:

@@ -87,7 +87,7 @@ def _offset(grid: dict[str, Any], zero_point: int) -> int:
 def _grid(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
     if quantizer is None or quantizer.scale is None:
         return None
-    bits, signed = quantizer.channel_bits, quantizer.plan.grid.signed
+    bits, signed, levels = quantizer.channel_bits, quantizer.plan.grid.signed, quantizer.levels
     return {
         "quantizer": quantizer.name,
         "bits": quantizer.plan.grid.bits if bits is None else widest(bits, signed).bits,
@@ -95,6 +95,7 @@ def _grid(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
         "scale": quantizer.scale.tolist(),
         "zero_point": quantizer.zero_point.tolist(),
         **_channel_bits(bits),
+        **({} if levels is None else {"stored_bits": quantizer.plan.bits, "levels": levels.tolist()}),
     }
 
 

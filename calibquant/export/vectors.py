@@ -91,7 +91,7 @@ class _Writer:
     def _value(self, name: str, value: Array, grid: ActivationGrid | None) -> dict[str, Any]:
         meaning = None if grid is None else {
             "scale": float(grid.scale), "zero_point": grid.zero_point, "bits": grid.bits, "low": grid.low,
-            "high": grid.high,
+            "high": grid.high, **({} if grid.levels is None else {"levels": list(grid.levels)}),
         }  # fmt: skip
         return {**self._array(name, value), "grid": meaning}
 

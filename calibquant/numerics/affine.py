@@ -88,10 +88,12 @@ def fake_quantize(
     grid: Grid,
     granularity: Granularity,
     channel_bits: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """`dequantize(quantize(x))` without leaving float32; equal to it bit for bit.
 
-    With `channel_bits`, int32 (C,), the codes of a channel are limited to its own bits.
+    With `channel_bits`, int32 (C,), the codes of a channel are limited to its own bits. With a `table`, uint8 (256,),
+    unsigned codes of 8 bits are replaced by what it gives them: the nearest of few levels.
     """
     scale, zero_point = aligned(scale, x, granularity), aligned(zero_point, x, granularity)
     codes = torch.round(x / scale).add_(zero_point)
@@ -99,6 +101,8 @@ def fake_quantize(
         codes.clamp_(grid.qmin, grid.qmax)
     else:
         codes.clamp_(*(aligned(end, x, granularity) for end in code_limits(channel_bits, grid.signed)))
+    if table is not None:
+        codes = table.to(codes.dtype)[codes.long()]
     return codes.sub_(zero_point).mul_(scale)
 
 

@@ -98,6 +98,46 @@ def ternary_levels() -> list[int]:
     return [-1, 0, 1]
 
 
+def unsigned_levels(kind: str, bits: int, signed: bool) -> list[int]:
+    """Levels of an activation as codes of unsigned 8 bits, ascending; their zero is code 128 if `signed` and else 0.
+
+    Without negative values no bit is a sign, so the levels are the non-negative ones of one more bit. They are spread
+    as far as 8 bits reach, so that a value can be rounded to 8 bits first and then to the nearest level.
+
+    Args:
+        kind: "power-of-two" or "apot".
+        bits: of a level's place: 2 and 3, or 2 to 5.
+        signed: whether there are negative values.
+
+    Raises:
+        ValueError: there are no such levels of so many bits.
+
+    Example:
+        >>> unsigned_levels("apot", 2, signed=False), unsigned_levels("power-of-two", 3, signed=True)
+        ([0, 63, 126, 252], [4, 66, 97, 128, 159, 190, 252])
+    """
+    make = power_of_two_levels if kind == "power-of-two" else apot_levels
+    if signed:
+        levels, zero = make(bits), TOP + 1
+        return [zero + level * (TOP // max(levels)) for level in levels]
+    levels = [level for level in make(bits + 1) if level >= 0]
+    return [level * (255 // max(levels)) for level in levels]
+
+
+def nearest_levels(levels: Tensor) -> Tensor:
+    """For each code of unsigned 8 bits the nearest level, uint8 (256,); halfway the lower one.
+
+    Args:
+        levels: uint8 (n,), ascending.
+
+    Example:
+        >>> nearest_levels(torch.tensor([0, 4], dtype=torch.uint8))[:4].tolist()
+        [0, 0, 0, 4]
+    """
+    codes = torch.arange(256, dtype=torch.float32, device=levels.device)
+    return levels[nearest_codes(codes, levels)]
+
+
 def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
     """The place of the nearest level of each value, int64, the shape of `x`; halfway the lower one.
 

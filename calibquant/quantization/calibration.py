@@ -17,7 +17,7 @@ from calibquant.quantization.allocation import allocate_weight
 from calibquant.quantization.channels import ChannelObserver
 from calibquant.quantization.leveling import leveled_weight
 from calibquant.quantization.model import QuantModel, parameter_tensors
-from calibquant.quantization.observers import DENSITIES, ActivationObserver, make_observer, weight_range
+from calibquant.quantization.observers import DENSITIES, ActivationObserver, LevelObserver, make_observer, weight_range
 from calibquant.recipe import ActivationRecipe, QuantRecipe
 
 
@@ -102,6 +102,9 @@ def calibrate_activations(
         quantizer = model.activation_quantizers[name]
         if isinstance(observer, ChannelObserver) and quantizer.plan.allocation != "none":
             quantizer.set_range(*observer.allocated())
+        elif isinstance(observer, LevelObserver):
+            low, high, levels = observer.leveled()
+            quantizer.set_range(low, high, levels=levels)
         else:
             quantizer.set_range(*observer.range())
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibquant.numerics.affine import QTensor, aligned, code_limits
 from calibquant.numerics.grid import Grid
-from calibquant.numerics.levels import levels_at, on_levels, places_of
+from calibquant.numerics.levels import levels_at, nearest_levels, on_levels, places_of
 
 ZETA, GAMMA = 1.1, -0.1  # how far the hard sigmoid is stretched, so that it reaches 0 and 1
 BEGIN = 0.02, 0.98  # where a rounding begins that is not to the nearest code: never at 0.5, where it would be undecided
@@ -174,7 +174,13 @@ def decided(share: Tensor) -> Tensor:
 
 
 def learned_fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None = None, values: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: Grid,
+    kept: Tensor | None = None,
+    values: int | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """LSQ and LSQ+: per-tensor fake quantization that passes gradients to the values, the scale and the zero point.
 
@@ -189,11 +195,13 @@ def learned_fake_quantize(
         grid: the codes.
         kept: float32, the shape of `x`: 1 where the value is quantized, 0 where it passes as it is; None quantizes all.
         values: of which gradients are made; None: all of `x`, as QDrop's code counts; LSQ counts those of one image.
+        levels: uint8 (n,), ascending: codes are rounded on to the nearest of these, which passes gradients through too;
+            clipped is what lies beyond the outermost, and their number takes the place of qmax.
 
     Returns:
         float32, the shape of `x`; where kept, equal to `numerics.affine.fake_quantize` bit for bit.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept, values or x.numel())
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid, kept, values or x.numel(), levels)
     return result
 
 
@@ -212,22 +220,32 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, kept: Tensor | None, values: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        grid: Grid,
+        kept: Tensor | None,
+        values: int,
+        levels: Tensor | None,
     ) -> Tensor:
         zero_point = torch.round(zero_point)
         steps = x / scale
         codes = torch.round(steps).add_(zero_point)
-        clipped = codes.clamp(grid.qmin, grid.qmax)
+        low, high = (grid.qmin, grid.qmax) if levels is None else (int(levels[0]), int(levels[-1]))
+        clipped = codes.clamp(low, high)
         inside = codes.eq_(clipped)
-        levels = clipped.sub_(zero_point)
-        quantized = levels * scale
-        by_scale = levels.addcmul_(steps, inside, value=-1)
+        if levels is not None:
+            clipped = nearest_levels(levels).to(clipped.dtype)[clipped.long()]
+        centered = clipped.sub_(zero_point)
+        quantized = centered * scale
+        by_scale = centered.addcmul_(steps, inside, value=-1)
         if kept is not None:
             quantized = torch.lerp(x, quantized, kept)
             by_scale.mul_(kept)
             inside.sub_(1).mul_(kept).add_(1)
         ctx.save_for_backward(by_scale, inside, scale)
-        ctx.factor = (values * grid.qmax) ** -0.5
+        ctx.factor = (values * (grid.qmax if levels is None else len(levels) - 1)) ** -0.5
         return quantized
 
     @staticmethod
@@ -240,4 +258,4 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # a clipped value moves by -scale with each step of the zero point
             of_zero_point = (gradient * (passing - 1)).sum() * scale * ctx.factor
         of_x = gradient * passing if ctx.needs_input_grad[0] else None
-        return of_x, of_scale, of_zero_point, None, None, None
+        return of_x, of_scale, of_zero_point, None, None, None, None

@@ -70,7 +70,7 @@ def _bit_operations(model: QuantModel, names: list[str], bits: list[int], macs: 
         weight, source = str(weight_of(node).target), model.quantizer_before(activations_of(node)[0])  # type: ignore[union-attr]
         entering = None if source is None else source.name
         of_weight = model.plan.weights[weight].grid.bits
-        of_source = FLOAT_BITS if source is None else source.plan.grid.bits
+        of_source = FLOAT_BITS if source is None else source.plan.bits
         count = float(macs[node.name])
         if weight in number and entering in number:
             products.append(Product(number[weight], number[entering], count * np.outer(choices, choices)))
@@ -117,5 +117,5 @@ def combined(models: Models, base: QuantModel, chosen: Mapping[str, int]) -> Qua
         weight.set(donors.get(name, base).weight_quantizers[name].get())
     for name, activation in model.activation_quantizers.items():
         donor = donors.get(name, base).activation_quantizers[name]
-        activation.scale, activation.zero_point = donor.scale, donor.zero_point
+        activation.scale, activation.zero_point, activation.levels = donor.scale, donor.zero_point, donor.levels
     return model

@@ -18,6 +18,7 @@ from torch import Tensor
 from calibquant.errors import QuantizationError
 from calibquant.graph.limits import UNLIMITED, Limits
 from calibquant.numerics.aciq import Density, aciq_range_of
+from calibquant.numerics.affine import MIN_SCALE, affine_from_range, quantize
 from calibquant.numerics.amct import arq_range, hfmg_range_of, ifmr_range_of
 from calibquant.numerics.clipping import (
     Side,
@@ -32,9 +33,12 @@ from calibquant.numerics.clipping import (
 )
 from calibquant.numerics.grid import Grid, PerTensor
 from calibquant.numerics.histogram import Histogram, finite_extremes
-from calibquant.quantization.plan import TensorPlan
+from calibquant.numerics.levels import cluster, nearest_levels, unsigned_levels
+from calibquant.quantization.plan import LevelPlan, TensorPlan
 from calibquant.recipe import ActivationRecipe, WeightRecipe
 
+INT8 = Grid(8)
+SCALES = 200  # that are tried for given levels
 _Same = TypeVar("_Same", bound="ActivationObserver")
 # Observers that fit a density to values, and must therefore see them before a ReLU has made half of them zeros.
 DENSITIES: dict[str, Density | Literal["auto"]] = {"aciq": "auto", "aciq-laplace": "laplace", "aciq-gauss": "gauss"}
@@ -71,6 +75,7 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan, limits: Limits = U
     "mse", "kl", "ifmr", "hfmg": searches on a histogram of all values. "aciq", "aciq-laplace", "aciq-gauss": the range
     that is best for a density fitted to it. "mse-batch", "mse-shrink": searches on the values of each batch, as QDrop's
     MSEObserver and BRECQ's released code do, see `BatchObserver`.
+    Where codes are few levels, a `LevelObserver` whatever the name is.
     A symmetric quantizer decides its sign from the data: the searches score values without a negative one on the whole
     grid, as `quantizers.activation_affine` uses it.
 
@@ -81,6 +86,8 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan, limits: Limits = U
             before such a function; see `calibration.calibrate_activations`.
     """
     name, grid, symmetric = recipe.observer, plan.grid, plan.symmetric
+    if plan.levels is not None:
+        return LevelObserver(plan.levels)
     if name == "minmax":
         return MinMaxObserver()
     if name == "moving-average":
@@ -201,6 +208,50 @@ class HistogramObserver(ActivationObserver):
     def range(self) -> tuple[Tensor, Tensor]:
         _require(self.histogram.total > 0)
         return self.search(self.histogram)
+
+
+class LevelObserver(HistogramObserver):
+    """A histogram of all values, and the levels and the range of 8-bit codes that have the least squared error on it.
+
+    "codebook": the range of least error for 8 bits, and the best levels among its codes: exact clustering of the bins.
+    Given levels: the best of SCALES scales up to the one at which the outermost level reaches the largest value.
+
+    Args:
+        plan: the kind of levels and how many.
+    """
+
+    def __init__(self, plan: LevelPlan) -> None:
+        super().__init__(lambda histogram: _levels_of(histogram, plan)[:2])
+        self.plan = plan
+
+    def leveled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Low and high, float32 (), and the levels, uint8 (n,), on the CPU.
+
+        Raises:
+            QuantizationError: no value was seen.
+        """
+        _require(self.histogram.total > 0)
+        return _levels_of(self.histogram, self.plan)
+
+
+def _levels_of(histogram: Histogram, plan: LevelPlan) -> tuple[Tensor, Tensor, Tensor]:
+    there = histogram.counts > 0
+    centers, counts = histogram.centers[there], histogram.counts[there].double()
+    signed = histogram.minimum < 0
+    if plan.kind == "codebook":
+        low, high = mse_range_of(histogram, INT8, False)
+        scale, zero_point = affine_from_range(low, high, INT8, False)
+        codes = quantize(centers, scale, zero_point, INT8, PerTensor())
+        found = cluster(codes.double().numpy(), counts.numpy(), plan.count, whole=True)
+        return low, high, torch.tensor(found).to(torch.uint8)
+    levels = torch.tensor(unsigned_levels(plan.kind, plan.bits, signed), dtype=torch.uint8)
+    zero = 128 if signed else 0
+    reach = max(-histogram.minimum, histogram.maximum) / max(int(levels[-1]) - zero, 1)  # the scale that clips nothing
+    scales = reach * torch.arange(1, SCALES + 1).double() / SCALES
+    codes = (torch.round(centers / scales[:, None]) + zero).clamp(0, 255).long()
+    rounded = (nearest_levels(levels)[codes].double() - zero) * scales[:, None]
+    best = scales[((rounded - centers) ** 2 * counts).sum(1).argmin()].clamp(min=MIN_SCALE).float()
+    return (-best * 127.5, best * 127.5, levels) if signed else (torch.zeros(()), best * 255, levels)
 
 
 class BatchObserver(ActivationObserver):

@@ -20,7 +20,7 @@ class LevelPlan:
 
     Args:
         kind: "power-of-two", "apot", "ternary", "binary", "codebook" or "nuq".
-        count: of levels; a code takes ceil(log2(count)) bits.
+        count: of levels, of an activation at most; a code takes ceil(log2(count)) bits.
         own: each channel has levels of its own.
     """
 
@@ -45,7 +45,7 @@ class TensorPlan:
         role: why it is quantized as it is: "main", "boundary" (kept wider by the boundary rule), "integer"
             (quantized by the integer placement only), or "bits" (the recipe names it in `bits`).
         allocation: how bits are shared among channels when calibrating: "none", "banner" or "optimal".
-        levels: of the codes where they are few of the grid's, which is that of signed 8 bits then.
+        levels: of the codes where they are few of the grid's, which is that of 8 bits then, signed for a weight.
     """
 
     grid: Grid
@@ -106,7 +106,8 @@ class QuantPlan:
             raise QuantizationError("plan", f"there is no quantizer named '{name}'", nearest(name, known))
 
         if name in self.activations:
-            plan = _shared_up_to_8_bits(replace(self.activations[name], grid=Grid(bits)))
+            plain = replace(self.activations[name], grid=Grid(bits), levels=None)
+            plan = _shared_up_to_8_bits(plain)
             return replace(self, activations={**self.activations, name: plan})
         plan = self.weights[name]
         symmetric = plan.symmetric or only_symmetric(self.placement, bits)
@@ -363,6 +364,9 @@ def _activation_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPla
     bits = recipe.activations.bits
     if role != "main":
         bits = max(bits, recipe.boundary_bits if role == "boundary" else recipe.residual_bits)
+    grid = recipe.activations.grid
+    if grid != "uniform" and role == "main":
+        return TensorPlan(Grid(8), grid != "codebook", PerTensor(), role, levels=LevelPlan(grid, 2**bits))
     if recipe.activations.granularity == "per_tensor" or not _is_map(node):
         return TensorPlan(Grid(bits), recipe.activations.symmetric, PerTensor(), role)
     allocation = recipe.activations.allocation if role == "main" else "none"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
 from calibquant.numerics.grid import Grid, PerChannel
+from calibquant.numerics.levels import nearest_levels
 from calibquant.quantization.latent import LatentWeight, LearnedEnds, RangedWeight
 from calibquant.quantization.learning import SoftRounding, kept_values, learned_fake_quantize, rounding_of
 from calibquant.quantization.plan import TensorPlan
@@ -124,7 +125,8 @@ class ActivationQuantizer(nn.Module):
         self.scale: Tensor | None
         self.zero_point: Tensor
         self.channel_bits: Tensor | None
-        for buffer in ("scale", "zero_point", "channel_bits"):
+        self.levels: Tensor | None
+        for buffer in ("scale", "zero_point", "channel_bits", "levels"):
             self.register_buffer(buffer, None)
 
     @property
@@ -137,10 +139,18 @@ class ActivationQuantizer(nn.Module):
         """Bits of a code, on average over the channels; as planned until channels have their own."""
         return mean_bits(self.plan, self.channel_bits)
 
-    def set_range(self, low: Tensor, high: Tensor, channel_bits: Tensor | None = None) -> None:
-        """Take the scale and zero point of a clipping range, float, () or (C,), and the bits of each channel."""
+    def set_range(
+        self, low: Tensor, high: Tensor, channel_bits: Tensor | None = None, levels: Tensor | None = None
+    ) -> None:
+        """Take the scale and zero point of a clipping range, float, () or (C,), and how codes are limited.
+
+        Args:
+            low, high: the range.
+            channel_bits: int32 (C,), where channels share bits.
+            levels: uint8 (n,), ascending, where codes are few of the grid's.
+        """
         self.scale, self.zero_point = activation_affine(low, high, self.plan, channel_bits)
-        self.channel_bits = channel_bits
+        self.channel_bits, self.levels = channel_bits, levels
 
     def get(self) -> tuple[Tensor, Tensor]:
         """The stored scale and zero point.
@@ -175,8 +185,9 @@ class ActivationQuantizer(nn.Module):
         if self.drop or x.requires_grad or scale.requires_grad:
             kept = kept_values(x, self.drop) if self.drop else None
             values = x[0].numel() if self.by_image else None
-            return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept, values)
-        return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity)
+            return learned_fake_quantize(x, scale, zero_point, self.plan.grid, kept, values, self.levels)
+        table = None if self.levels is None else nearest_levels(self.levels)
+        return fake_quantize(x, scale, zero_point, self.plan.grid, self.plan.granularity, table=table)
 
     def current_scale(self) -> Tensor:
         """The stored scale, or while it is learned what it has become; float32, ().
@@ -211,10 +222,15 @@ class ActivationQuantizer(nn.Module):
         """From now on the ends of the range are learned, "ulq" or "pact"; what moves. See `latent.LearnedEnds`.
 
         Raises:
-            QuantizationError: there is a range for each channel.
+            QuantizationError: there is a range for each channel, or there are levels.
         """
+        self._refuse_levels(f"finetune.activations={kind}")
         self.ends = LearnedEnds(*self._only_range(), self.plan, kind, relative)
         return self.ends.parameters_learned()
+
+    def _refuse_levels(self, what: str) -> None:
+        if self.plan.levels is not None:
+            raise QuantizationError(self.name, f"has levels of its own, which {what} would move", "use lsq or fixed")
 
     def _only_range(self) -> tuple[Tensor, Tensor]:
         if self.per_channel:
@@ -222,7 +238,12 @@ class ActivationQuantizer(nn.Module):
         return self.get()
 
     def start_learning_zero_point(self) -> nn.Parameter:
-        """From now on the zero point is learned too (LSQ+); it stays on the grid, so zero stays exact."""
+        """From now on the zero point is learned too (LSQ+); it stays on the grid, so zero stays exact.
+
+        Raises:
+            QuantizationError: there are levels.
+        """
+        self._refuse_levels("finetune.activations=lsq+")
         self.learned_zero_point = nn.Parameter(self.get()[1].float())
         return self.learned_zero_point
 

@@ -11,6 +11,8 @@ from calibquant.recipe.section import Positive, Section, conflict
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 GridKind = Literal["uniform", "power-of-two", "apot", "codebook", "nuq", "ternary", "binary"]
+ActivationGridKind = Literal["uniform", "power-of-two", "apot", "codebook"]
+_ACTIVATION_RANGES = {"power-of-two": (2, 3), "apot": (2, 5), "codebook": (2, 7)}  # of bits
 _RANGES = {  # of bits
     "power-of-two": (2, 4), "apot": (2, 6), "codebook": (1, 7), "nuq": (8, 8), "ternary": (2, 2), "binary": (1, 7),
 }  # fmt: skip
@@ -109,12 +111,33 @@ class ActivationRecipe(Section):
     """The activations' grid and how its range is found."""
 
     bits: Bits = 4
+    grid: ActivationGridKind = Field(
+        default="uniform",
+        description="codebook: levels that fit the values best; others as for weights; what the boundary rule, the "
+        "integer placement or a name gives other bits stays uniform",
+    )
     symmetric: bool = False
     granularity: Granularity = Field(default="per_tensor", description="per_channel exists in simulation only")
     allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
     observer: Observer = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100, description="of the values kept, two-sided, in percent")
     dynamic: bool = Field(default=False, description="min-max range of every batch at run time, nothing stored")
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> ActivationRecipe:
+        if self.grid == "uniform":
+            return self
+        where = "quant.activations"
+        least, most = _ACTIVATION_RANGES[self.grid]
+        if not least <= self.bits <= most:
+            problem = f"{self.grid} has no grid of {self.bits} bits for activations"
+            raise conflict(f"{where}.bits", problem, f"use {least} to {most}")
+        fixed = {"symmetric": False, "granularity": "per_tensor", "observer": "mse", "dynamic": False}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                problem = f"does not go with the grid {self.grid}, whose levels are found on one histogram"
+                raise conflict(f"{where}.{name}", problem, f"use {str(value).lower()}")
+        return self
 
 
 class MixedRecipe(Section):
@@ -177,6 +200,9 @@ class QuantRecipe(Section):
     def _allocatable(self) -> QuantRecipe:
         if self.mixed is not None and self.weights.grid != "uniform":
             raise conflict("quant.mixed", f"chooses bits of uniform grids, not of {self.weights.grid}", "leave it out")
+        if self.mixed is not None and self.mixed.tensors == "both" and self.activations.grid != "uniform":
+            problem = f"chooses bits of uniform activations, not of {self.activations.grid}"
+            raise conflict("quant.mixed.tensors", problem, "use weights")
         for name, part in (("weights", self.weights), ("activations", self.activations)):
             where = f"quant.{name}.allocation"
             if part.allocation != "none" and part.granularity != "per_channel":

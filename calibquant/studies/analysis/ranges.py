@@ -92,9 +92,9 @@ def _rows(
 @contextmanager
 def _ranges_kept(model: QuantModel) -> Iterator[None]:
     """Afterwards every activation quantizer has the range that it had before."""
-    before = [(q, q.scale, q.zero_point) for q in model.activation_quantizers.values()]
+    before = [(q, q.scale, q.zero_point, q.levels) for q in model.activation_quantizers.values()]
     try:
         yield
     finally:
-        for quantizer, scale, zero_point in before:
-            quantizer.scale, quantizer.zero_point = scale, zero_point
+        for quantizer, scale, zero_point, levels in before:
+            quantizer.scale, quantizer.zero_point, quantizer.levels = scale, zero_point, levels

@@ -125,7 +125,7 @@ def activation_facts(model: QuantModel, batches: Iterable[Tensor], host: nn.Modu
         for images in batches:
             (host or model)(images)
     return [
-        tally.facts(name, "activation", model.activation_quantizers[name].plan.grid.bits)
+        tally.facts(name, "activation", model.activation_quantizers[name].plan.bits)
         for name, tally in tallies.items()
         if tally.ranges is not None
     ]
