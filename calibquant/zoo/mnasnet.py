@@ -15,7 +15,7 @@ _STAGES = (
     (3, 3, 24, 3, 2), (5, 3, 40, 3, 2), (5, 6, 80, 3, 2), (3, 6, 96, 2, 1), (5, 6, 192, 4, 2), (3, 6, 320, 1, 1),
 )  # fmt: skip
 _STEM, _SEPARABLE, _LAST = 32, 16, 1280
-_MOMENTUM = 0.0003  # of BatchNorm: 1 - 0.9997, TensorFlow's
+MOMENTUM = 0.0003  # of BatchNorm: 1 - 0.9997, TensorFlow's
 
 
 class InvertedResidual(nn.Module):
@@ -46,9 +46,11 @@ class MNASNet(nn.Module):
     Args:
         width: multiplier of the channels.
         num_classes: outputs.
+        norm_momentum: of BatchNorm while training. The published one follows thousands of steps; statistics of a short
+            training need a larger one, such as 0.1.
     """
 
-    def __init__(self, width: float, num_classes: int = 1000) -> None:
+    def __init__(self, width: float, num_classes: int = 1000, norm_momentum: float = MOMENTUM) -> None:
         super().__init__()
         stem, channels = round_channels(_STEM * width), round_channels(_SEPARABLE * width)
         layers: list[nn.Module] = [
@@ -68,6 +70,8 @@ class MNASNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = norm_momentum
         nn.init.kaiming_uniform_(head.weight, mode="fan_out", nonlinearity="sigmoid")
         nn.init.zeros_(head.bias)
 
@@ -83,4 +87,4 @@ def _conv_bn(
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution that keeps the size but for its stride, and its BatchNorm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return conv, nn.BatchNorm2d(outputs, momentum=_MOMENTUM)
+    return conv, nn.BatchNorm2d(outputs)

@@ -62,8 +62,13 @@ def _width(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 16
 
 
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
 _CLASSES = {"num_classes": Option("use a whole number of at least 1", _positive_int)}
 _WIDTH = {"width": Option("use a number above 0 and up to 16", _width)}
+_MOMENTUM = {"norm_momentum": Option("use a number above 0 and up to 1", _share)}
 _PADDING = {"padding": _one_of("torch", "tf_same")}
 _IMAGENET = (3, 224, 224)
 _CIFAR = (3, 32, 32)
@@ -94,7 +99,9 @@ _ZOO: dict[str, Entry] = {
 _ZOO |= {f"resnet{depth}": Entry(partial(ResNet, *design), _IMAGENET, _CLASSES) for depth, design in _RESNETS.items()}
 _ZOO |= {f"regnet_x_{size}": Entry(partial(RegNetX, *design), _IMAGENET, _CLASSES) for size, design in _REGNETS.items()}
 _ZOO |= {
-    f"mnasnet{str(width).replace('.', '_')}": Entry(partial(MNASNet, width), _IMAGENET, _CLASSES, _MNASNET)
+    f"mnasnet{str(width).replace('.', '_')}": Entry(
+        partial(MNASNet, width), _IMAGENET, {**_MOMENTUM, **_CLASSES}, _MNASNET
+    )
     for width in (0.5, 0.75, 1.0, 1.3, 2.0)
 }
 _ZOO |= {

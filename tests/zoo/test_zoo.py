@@ -161,6 +161,12 @@ def test_tf_same_changes_the_five_strided_convolutions_only() -> None:
     assert network.state_dict().keys() == zoo.build("mobilenet_v2").state_dict().keys()
 
 
+@pytest.mark.parametrize(("options", "momentum"), [({}, 0.0003), ({"norm_momentum": 0.1}, 0.1)])
+def test_mnasnets_statistics_follow_as_fast_as_asked(options: dict[str, object], momentum: float) -> None:
+    network = zoo.build("mnasnet0_5", **options)
+    assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -170,6 +176,11 @@ def test_tf_same_changes_the_five_strided_convolutions_only() -> None:
         ("squeezenet1_1", {"width": 1}, "model.options.width: squeezenet1_1 has no such option; known are num_classes"),
         ("mobilenet_v2", {"padding": "same"}, "model.options.padding: 'same' is not valid; use torch or tf_same"),
         ("mobilenet_v2", {"width": 0}, "model.options.width: 0 is not valid; use a number above 0"),
+        (
+            "mnasnet1_0",
+            {"norm_momentum": 0},
+            "model.options.norm_momentum: 0 is not valid; use a number above 0 and up",
+        ),
         ("cifar_resnet20", {"num_classes": True}, "model.options.num_classes: True is not valid; use a whole number"),
         ("cifar_resnet20", {"num_classes": 2.5}, "model.options.num_classes: 2.5 is not valid; use a whole number"),
         ("cifar_resnet20", {"shortcut": ["pad"]}, "model.options.shortcut: ['pad'] is not valid; use pad or conv"),
