@@ -134,6 +134,28 @@ def test_facts_of_a_weight_are_numpys() -> None:
     assert facts.spread == pytest.approx(ranges.max() / np.sort(ranges)[3], rel=1e-6)  # the lower median of eight
 
 
+@pytest.mark.parametrize("own", ["per_tensor", "per_channel"])
+def test_what_lies_between_few_levels_is_not_clipped(own: str) -> None:
+    teacher = fold_batch_norm(capture(chain(True), images(2)))
+    weights = {"bits": 2, "grid": "codebook", "codebook": own}
+    settings = recipe(Path("runs"), weights=weights, activations={"bits": 2, "grid": "codebook"}).quant
+    model = QuantModel(teacher, make_plan(teacher, settings))
+    calibrate_weights(model, settings)
+    calibrate_activations(model, settings.activations, [images()])
+    facts = [*weight_facts(model), *activation_facts(model, [images(12)])]
+    leveled = [f for f in facts if f.bits == 2]
+    assert {f.kind for f in leveled} == {"weight", "activation"}
+    for fact in leveled:
+        assert fact.clipped < 0.05
+        assert 5 < fact.sqnr < 30
+    (site,) = [f for f in leveled if f.kind == "activation"][:1]
+    quantizer = model.activation_quantizers[site.name]
+    levels, scale = quantizer.levels.double(), float(quantizer.get()[0])  # type: ignore[union-attr]
+    x = torch.relu(chain(True).first(images(12))).detach().double()
+    ends = [float(levels[-1] - quantizer.get()[1]) * scale, float(levels.diff().max()) * scale / 2]
+    assert site.clipped == pytest.approx(float((x > sum(ends)).double().mean()), abs=2e-3)
+
+
 def test_facts_of_an_activation_do_not_depend_on_the_batches_and_see_the_float_network() -> None:
     teacher = fold_batch_norm(capture(chain(True), images(2)))
     settings = recipe(Path("runs"), activations={"bits": 3, "observer": "percentile", "percentile": 98}).quant

@@ -31,7 +31,8 @@ class TensorFacts:
         bits: of its grid.
         count: values seen.
         low, high: of the float values.
-        clipped: share of the values that lie outside of what the grid represents.
+        clipped: share of the values that lie outside of what the grid represents, by more than half a step; by more
+            than half of the widest step, where levels are few.
         sqnr: power of the values over that of their quantization error, in dB; inf without error.
         spread: largest channel range over the median channel range; a range is max |x|.
         outliers: channels whose range is more than `OUTLIER` times the median's.
@@ -64,7 +65,7 @@ class _Tally:
     clipped: int = 0
 
     def add(self, x: Tensor, rounded: Tensor, step: Tensor, axis: int) -> None:
-        """Take in values, what they are rounded to, and the grid's steps (broadcasting against them)."""
+        """Take in values, what they are rounded to, and the grid's widest steps (broadcasting against them)."""
         error = (rounded - x).double()
         self.histogram = self.histogram.add(x)
         self.power += float(x.double().square().sum())
@@ -103,8 +104,9 @@ def weight_facts(model: QuantModel) -> list[TensorFacts]:
         weight, value = tensors[name].detach(), quantizer.get()
         axis = value.granularity.axis if isinstance(value.granularity, PerChannel) else 0
         tally = _Tally(Histogram.empty())
-        tally.add(weight, value.dequantize(), _steps(value.scale, weight, axis), axis)
-        found.append(tally.facts(name, "weight", value.grid.bits))
+        steps = value.scale * _widest_gap(value.levels)
+        tally.add(weight, value.dequantize(), _steps(steps, weight, axis), axis)
+        found.append(tally.facts(name, "weight", quantizer.plan.bits if value.levels is not None else value.grid.bits))
     return found
 
 
@@ -119,7 +121,8 @@ def activation_facts(model: QuantModel, batches: Iterable[Tensor], host: nn.Modu
     tallies = {name: _Tally(Histogram.empty()) for name, q in model.activation_quantizers.items() if not q.dynamic}
 
     def visit(quantizer: ActivationQuantizer, x: Tensor) -> None:
-        tallies[quantizer.name].add(x, rounded_by(quantizer, x), _steps(quantizer.get()[0], x), 1)
+        steps = quantizer.get()[0] * _widest_gap(quantizer.levels)
+        tallies[quantizer.name].add(x, rounded_by(quantizer, x), _steps(steps, x), 1)
 
     with visiting(model, visit), torch.inference_mode(), model.float_mode():
         for images in batches:
@@ -138,6 +141,11 @@ def rounded_by(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         return quantizer.forward(x)  # past the hooks, of which the caller may be one
     finally:
         quantizer.enabled = enabled
+
+
+def _widest_gap(levels: Tensor | None) -> Tensor | int:
+    """Between neighbouring codes, (), or of each channel's own levels (C,)."""
+    return 1 if levels is None else levels.int().diff().amax(-1)
 
 
 def _steps(scale: Tensor, x: Tensor, axis: int = 1) -> Tensor:
