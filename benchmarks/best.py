@@ -22,12 +22,11 @@ import common
 import numpy as np
 
 from calibquant.evaluation import evaluate
-from calibquant.metrics import mcnemar
 from calibquant.pipeline import quantize
 from calibquant.pipeline.deployed import evaluate_onnx
 from calibquant.pipeline.preparing import build, open_set
 from calibquant.recipe import load_recipe
-from calibquant.studies.paired import spread
+from calibquant.studies.paired import over_images, spread
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # As QDrop's code sets it, and as benchmarks/reconstruction.py.
@@ -169,8 +168,9 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
         )
     for test in tests:
         text += (
-            f"\n{test['network']} {test['setting']}, seed {test['seed']}: {test['a']} against {test['b']}, agreement "
-            f"with the float network {100 * test['agreement_a']:.2f} and {100 * test['agreement_b']:.2f} %, McNemar "
+            f"\n{test['network']} {test['setting']}, seeds {', '.join(map(str, test['seeds']))}: {test['a']} against "
+            f"{test['b']}, agreement with the float network {100 * test['agreement_a']:.2f} and "
+            f"{100 * test['agreement_b']:.2f} %, exact test over the images (of one seed McNemar's) "
             f"p = {test['p']:.2g}.\n"
         )
     return text
@@ -179,22 +179,30 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
 def tests_of(rows: list[dict[str, Any]], given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Large networks: whether `best` agrees on more images with the float network than `qdrop` does."""
     networks, _, (baseline, *others) = STUDIES["large"]
-    tests = {(t["network"], t["setting"], t["seed"], t["a"]): t for t in known}
+    tests = {(t["network"], t["setting"], t["a"]): t for t in known}
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for row in (r for r in rows if r["network"] in networks and r["variant"] in others):
-        mine, other = cell_of(row), Cell(row["network"], row["setting"], baseline, row["seed"])
-        known_network = not row["network"].endswith("Imagenette") or given.trained is not None
-        if not (known_network and mine.path(given).is_file() and other.path(given).is_file()):
+        groups.setdefault((row["network"], row["setting"], row["variant"]), []).append(row["seed"])
+    for (network, setting, variant), seeds in groups.items():
+        if network.endswith("Imagenette") and given.trained is None:
             continue
-        wanted = float_classes(row["network"], given)
-        agrees = []
-        for cell in (mine, other):
-            with np.load(cell.path(given), allow_pickle=False) as stored:
-                agrees.append(stored["predictions"] == wanted)
-        tests[row["network"], row["setting"], row["seed"], row["variant"]] = {
-            "network": row["network"], "setting": row["setting"], "seed": row["seed"], "a": row["variant"],
-            "b": baseline,
+        paths = {
+            seed: [Cell(network, setting, name, seed).path(given) for name in (variant, baseline)] for seed in seeds
+        }
+        paths = {seed: pair for seed, pair in paths.items() if all(path.is_file() for path in pair)}
+        if not paths:
+            continue
+        wanted, agrees = float_classes(network, given), []
+        for number in (0, 1):
+            found = []
+            for pair in paths.values():
+                with np.load(pair[number], allow_pickle=False) as stored:
+                    found.append(stored["predictions"] == wanted)
+            agrees.append(np.stack(found).astype(np.int64))
+        tests[network, setting, variant] = {
+            "network": network, "setting": setting, "seeds": sorted(paths), "a": variant, "b": baseline,
             "agreement_a": float(agrees[0].mean()), "agreement_b": float(agrees[1].mean()),
-            "p": mcnemar(agrees[0], agrees[1]),
+            "p": over_images((agrees[0] - agrees[1]).sum(0)),
         }  # fmt: skip
     return list(tests.values())
 

@@ -18,7 +18,7 @@ from calibquant.reconstruction.network import reconstruct
 SHORT, LONG = 1, 4  # iterations of the two trials; their difference is free of what does not repeat
 LEAST = 1e-6  # seconds of an iteration, where two trials of a tiny network differ by less than the clock tells
 SPARE = 0.95  # of the time is planned for, since machines are not always equally fast
-FIRST = 2 / 3  # of a time too short for all goes to the units, which the network's stage builds on
+WORTH = 1 / 4  # of the network's steps, below which it takes none: a few steps at its rates gain nothing
 
 
 def within_time(
@@ -26,9 +26,10 @@ def within_time(
 ) -> ReconstructRecipe:
     """A recipe whose iterations take `recipe.time` seconds on this machine.
 
-    In the recipe's proportions, but where its iterations do not all fit, the units get at least FIRST of the time: in a
-    large network a step of the whole costs as much as many of all units. Two short reconstructions of one batch are
-    timed; the model is left as it was.
+    In the recipe's proportions; where its iterations do not all fit, the units, which the network's stage builds on,
+    come first, and have all of the time if less than WORTH of the network's steps would be left: in a large network a
+    step of the whole costs as much as many of all units. Two short reconstructions of one batch are timed; the model is
+    left as it was.
 
     Args:
         model: calibrated, on `device`.
@@ -59,7 +60,9 @@ def within_time(
         )
     last = steps.get("network", 0.0) * _iterations(recipe, "network")
     first = asked - last
-    units = first * left / asked if left >= asked else min(first, max(FIRST, first / asked) * left)
+    units = first * left / asked if left >= asked else min(first, left)
+    if left - units < WORTH * last:
+        units = left
     return _scaled(recipe, units / first, (left - units) / last if last else 0.0)
 
 
@@ -89,7 +92,7 @@ def _scaled(recipe: ReconstructRecipe, units: float, network: float) -> Reconstr
     """The recipe with its iterations times two factors: of the units, and of the network."""
 
     def of(count: int, factor: float) -> int:
-        return max(1, int(factor * count)) if count else 0
+        return max(1, int(factor * count)) if count and factor else 0
 
     whole = recipe.network.model_copy(update={"iterations": of(recipe.network.iterations, network)})
     scales = recipe.scale_iterations and of(recipe.scale_iterations, units)

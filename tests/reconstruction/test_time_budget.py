@@ -58,17 +58,19 @@ def test_the_planned_iterations_take_the_time(seconds: float, machine: None, mod
     assert found.time is None
     if seconds > 300:  # the recipe's 200 and 400 iterations take 240 s
         assert found.network.iterations == pytest.approx(2 * found.iterations, abs=1)
-    else:
-        left = 0.95 * seconds - FIXED * 4 - judging
-        assert found.iterations == pytest.approx(min(200, left * 2 / 3 / STEP["both"]), abs=1)
 
 
-def test_units_need_no_more_than_the_recipe_asks_for_while_the_network_waits(
-    machine: None, model: QuantModel, images: Tensor
+@pytest.mark.parametrize(
+    ("seconds", "units", "network"),
+    [(40, 177, 0), (60, 272, 0), (90, 414, 0), (110, 200, 124), (150, 200, 199), (240, 200, 371)],
+)
+def test_units_come_first_and_the_network_gets_what_is_worth_it(
+    seconds: float, units: int, network: int, machine: None, model: QuantModel, images: Tensor
 ) -> None:
-    """200 iterations of the units take 40 s, less than two thirds of the time; the network gets the rest."""
-    found = within_time(model, images, recipe(time=150), 0)
-    assert (found.iterations, 170 < found.network.iterations < 210) == (200, True)
+    """The units' 200 iterations take 40 s, the network's 400 take 200 s, of which a quarter must be left."""
+    found = within_time(model, images, recipe(time=seconds), 0)
+    assert found.iterations == pytest.approx(units, abs=1)
+    assert found.network.iterations == pytest.approx(network, abs=1)
 
 
 def test_a_time_that_does_not_suffice_says_how_much_would(machine: None, model: QuantModel, images: Tensor) -> None:
