@@ -60,11 +60,12 @@ def peak_bytes(
     }
     if learned or rounds(recipe) or recipe.quant.bias_correction == "empirical":
         chain = [*learned] or units(graph, "layer")
-        features = n * feature_bytes(graph, sizes, chain) * getattr(torch, settings.cache).itemsize // 4
+        views = settings.views if learned else 1
+        features = n * views * feature_bytes(graph, sizes, chain) * getattr(torch, settings.cache).itemsize // 4
         batch = images_at_once(images.shape, max(settings.batch_size, BATCH), device)
         busy = [batch * passing, *(at_once * learning_bytes(model, u, sizes) for u, at_once in learned.items())]
-        # The images are held twice: as they are, and on the grid of the input's quantizer.
-        held = 2 * n * images[0].numel() * images.element_size()
+        # The images are held as they are, and in all versions also on the grid of the input's quantizer.
+        held = (2 * views + (views > 1)) * n * images[0].numel() * images.element_size()
         stages.append(held + int(min(features, settings.cache_limit * 1e9)) + max(busy))
     parameters = sum(value.numel() * value.element_size() for value in model.teacher.buffers())
     return int(SCATTERED * (PARAMETERS * parameters + max(stages)))

@@ -68,6 +68,12 @@ class ReconstructRecipe(Section):
     bias_lr: float = Field(
         default=0.0, ge=0, description="of the biases, in standard deviations of the output; 0 keeps them"
     )
+    views: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="versions of each image from which units learn: as it is, and mirrored or not and shifted",
+    )
     zero_point_lr: float = Field(
         default=0.0, ge=0, description="of the activation zero points, in steps of the grid (LSQ+); 0 keeps them"
     )

@@ -13,7 +13,37 @@ TURN = math.radians(15)  # and turned by up to this angle,
 SHIFT = 0.15  # and shifted by up to this share of a side
 CONTRAST, COLOR = 0.3, 0.3  # how far values are stretched, and channels shifted in standard deviations of all values
 PATCH = (0.25, 0.75)  # sides of a patch from another image, as shares of this one's
+MOVE = 0.125  # versions of an image are shifted by up to this share of a side
 PATCHED = 0.5  # share of the images that get one
+
+
+def versions(images: Tensor, count: int, seed: int) -> Tensor:
+    """Each image in several versions: as it is, and mirrored or not and shifted, the border reflected.
+
+    What units learn from is computed once and kept, so their images cannot change in every step.
+
+    Args:
+        images: float32, (N, C, H, W).
+        count: of versions; 1 returns the images.
+        seed: of the changes.
+
+    Returns:
+        (count * N, C, H, W), version after version.
+    """
+    if count == 1:
+        return images
+    random = torch.Generator().manual_seed(seed)
+    height, width = images.shape[2:]
+    down, right = (int(side * MOVE) for side in (height, width))
+    shown = images.repeat(count, 1, 1, 1)
+    n = len(shown) - len(images)
+    tops, lefts = (torch.randint(0, 2 * most + 1, (n,), generator=random).tolist() for most in (down, right))
+    mirrored = (torch.rand(n, generator=random) < 0.5).tolist()
+    for image, top, left, mirror in zip(shown[len(images) :], tops, lefts, mirrored, strict=True):
+        padded = F.pad(image[None], (right, right, down, down), mode="reflect")[0]
+        new = padded[:, top : top + height, left : left + width]
+        image.copy_(new.flip(2) if mirror else new)
+    return shown
 
 
 def augmented(images: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class UnitData:
         target: its output in the float network.
         importance: weights of the values of `target` in the loss; None weighs them alike.
         images: rows of all processes; None: there is one process.
+        views: versions of each image, one after another; the first as it is.
     """
 
     quantized: Tensor
@@ -44,6 +45,7 @@ class UnitData:
     target: Tensor
     importance: Tensor | None = None
     images: int | None = None
+    views: int = 1
 
     @property
     def count(self) -> int:
@@ -102,9 +104,8 @@ def learn_unit(
     """
     begin = time.perf_counter()
     unit = _Learning(part, data, recipe, phase, device, fixed)
-    rows = torch.arange(data.count)
-    held_out = is_judged(recipe, len(rows))
-    judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
+    held_out = is_judged(recipe, data.count // data.views)
+    judging, learning = parted(recipe, data.count, data.views)
     saved = state_of(part)
     with _activations(part, phase.scales):
         before = unit.judge(judging)
@@ -126,6 +127,21 @@ def learn_unit(
 def is_judged(recipe: ReconstructRecipe, count: int) -> bool:
     """Whether every eighth of `count` images is held out to judge what the others taught."""
     return recipe.never_worse and count >= FEWEST
+
+
+def parted(recipe: ReconstructRecipe, count: int, views: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows of the images that judge and of those that teach; a judging image teaches in none of its versions.
+
+    Args:
+        recipe: whether images judge at all; else all do both.
+        count: rows, version after version.
+        views: versions of each image, of which the first judges.
+    """
+    rows = torch.arange(count)
+    each = count // views
+    if not is_judged(recipe, each):
+        return rows, rows
+    return rows[:each:HELD_OUT], rows[rows % each % HELD_OUT != 0]
 
 
 @dataclass(frozen=True)

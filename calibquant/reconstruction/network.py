@@ -18,6 +18,7 @@ from calibquant.graph import Unit, units, whole_network
 from calibquant.graph.subgraph import subgraph
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ReconstructRecipe
+from calibquant.reconstruction.augmenting import versions
 from calibquant.reconstruction.engine import Progress, UnitData, UnitReport, learn_unit
 from calibquant.reconstruction.losses import importance_of
 from calibquant.reconstruction.phases import Phase, granularity, phases
@@ -94,10 +95,23 @@ def reconstruct(
         if first and begun == 0 and observe is not None:
             observe()
         if begun < len(chain):
-            mine = parallel.share(len(images))
+            views = recipe.views if images.dim() == 4 and images.is_floating_point() else 1
+            shown = versions(images, views, seed)
+            mine = parallel.share(len(shown))
             walk = _Walk(
-                model, images[mine.start : mine.stop], len(images), chain, recipe, phase, seed, device, store, first
+                model,
+                shown[mine.start : mine.stop],
+                len(shown),
+                views,
+                chain,
+                recipe,
+                phase,
+                seed,
+                device,
+                store,
+                first,
             )
+            del shown
             yield from walk.learn(begun, tell)
         steps += len(chain) * phase.iterations
         first += len(chain)
@@ -107,12 +121,14 @@ def reconstruct(
 class _Walk:
     """One phase's way through the network.
 
-    `images` are this process's, `count` those of all; `first` is the number of its first unit over all phases.
+    `images` are this process's, `count` those of all, each in so many `views`; `first` is the number of its first unit
+    over all phases.
     """
 
     model: QuantModel
     images: Tensor
     count: int
+    views: int
     chain: list[Unit]
     recipe: ReconstructRecipe
     phase: Phase
@@ -149,7 +165,8 @@ class _Walk:
         importance = None
         if self.recipe.loss == "fisher" and self.phase.roundings:
             importance = self._importance(unit, quantized_side)
-        return UnitData(quantized_side.live[unit.input], float_side.live[unit.input], target, importance, self.count)
+        inputs = quantized_side.live[unit.input], float_side.live[unit.input]
+        return UnitData(*inputs, target, importance, self.count, self.views)
 
     def _importance(self, unit: Unit, side: Features) -> Tensor:
         """Weights of the values of the unit's output in its loss."""

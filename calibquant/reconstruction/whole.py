@@ -16,7 +16,7 @@ from calibquant.quantization import QuantModel
 from calibquant.quantization.student import Student, distillation_loss
 from calibquant.recipe import ReconstructRecipe
 from calibquant.reconstruction.augmenting import augmented
-from calibquant.reconstruction.engine import HELD_OUT, Progress, UnitReport, epochs, is_judged
+from calibquant.reconstruction.engine import Progress, UnitReport, epochs, is_judged, parted
 from calibquant.reconstruction.learnables import restore_state, start_learning, state_of
 from calibquant.reconstruction.phases import Phase
 
@@ -57,9 +57,8 @@ def learn_network(
     Quantization" (NWQ, NeurIPS 2022), with straight-through instead of annealed roundings.
     """
     begin = time.perf_counter()
-    rows = torch.arange(len(images))
-    held_out = is_judged(recipe, len(rows))
-    judging, learning = (rows[::HELD_OUT], rows[rows % HELD_OUT != 0]) if held_out else (rows, rows)
+    held_out = is_judged(recipe, len(images))
+    judging, learning = parted(recipe, len(images))
     stage = _Stage(model, images, recipe, device, learning)
     saved = best = state_of(model)
     before = after = stage.judge(judging)

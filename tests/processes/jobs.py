@@ -89,7 +89,8 @@ def result_of(run: calibquant.Run) -> dict[str, Any]:
 
 def fisher(folder: Path) -> Any:
     """With the importance of outputs in the loss, and roundings alone."""
-    run = run_of(folder, reconstruct={"method": "adaround", "loss": "fisher", "iterations": 3, "rounding_lr": 0.01})
+    run = run_of(folder, reconstruct={"method": "adaround", "loss": "fisher", "views": 2, "iterations": 3,
+                                   "rounding_lr": 0.01})  # fmt: skip
     return result_of(run)
 
 

@@ -20,6 +20,7 @@ from calibquant.reconstruction.augmenting import (
     patched,
     random_warps,
     recolored,
+    versions,
     warped,
 )
 
@@ -94,3 +95,35 @@ def test_a_patch_is_a_rectangle_of_another_image_at_the_same_place() -> None:
             assert at[-1] - at[0] + 1 == len(at)
             assert round(PATCH[0] * side) <= len(at) <= round(PATCH[1] * side)
     assert abs(whole / n - (1 - PATCHED)) < 4 * np.sqrt(0.25 / n)
+
+
+def test_versions_begin_with_the_image_and_are_mirrored_or_shifted_pieces_of_it() -> None:
+    """Each version's middle is found in the image or its mirror image, pixel by pixel."""
+    images = torch.randn(5, 2, 16, 24, generator=torch.Generator().manual_seed(1))
+    found = versions(images, 7, seed=3)
+    assert found.shape == (35, 2, 16, 24)
+    assert torch.equal(found[:5], images)
+    places = set()
+    for number, version in enumerate(found[5:].numpy()):
+        middle = version[:, 2:-2, 3:-3]  # a shift of at most an eighth of a side does not reach it
+        image = images[number % 5].numpy()
+        for mirrored, source in enumerate((image, image[:, :, ::-1])):
+            for top in range(5):
+                for left in range(7):
+                    if np.array_equal(source[:, top : top + 12, left : left + 18], middle):
+                        places.add((number, mirrored, top, left))
+    assert {number for number, *_ in places} == set(range(30))
+    assert len({tuple(rest) for _, *rest in places}) > 15
+    assert torch.equal(versions(images, 7, seed=3), found)
+    assert not torch.equal(versions(images, 7, seed=4), found)
+    assert versions(images, 1, seed=3) is images
+
+
+def test_the_border_of_a_version_is_reflected() -> None:
+    image = torch.arange(64.0).view(1, 1, 1, 64).expand(1, 1, 8, 64)
+    for version in versions(image, 20, seed=0)[1:, 0, 0]:
+        row = version.flip(0) if version[30] > version[31] else version
+        start = int(row[32]) - 32
+        expected = np.abs(np.arange(64) + start)
+        expected = np.where(expected > 63, 126 - expected, expected)
+        np.testing.assert_array_equal(row.numpy(), expected)

@@ -17,6 +17,7 @@ from calibquant.graph import Unit, capture, fold_batch_norm
 from calibquant.quantization import QuantModel, calibrate_activations
 from calibquant.recipe import ActivationRecipe, Placement, QuantRecipe, ReconstructRecipe, WeightRecipe
 from calibquant.reconstruction import UnitReport, planned_units, reconstruct
+from calibquant.reconstruction.engine import parted
 from calibquant.reconstruction.losses import feature_loss
 from calibquant.reconstruction.phases import Phase, phases
 
@@ -263,6 +264,39 @@ def test_a_shared_weight_is_learned_once_and_the_recorded_losses_stay_true(name:
         assert recorded == pytest.approx(again[unit.output], rel=1e-4, abs=1e-7), unit.name
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_images_judge_as_they_are_and_in_no_version_teach(views: int) -> None:
+    """The recorded losses are those of every eighth image; the images in between alone decide what is learned."""
+    settings = schedule("qdrop", iterations=12, views=views)
+    model = w2a2(0, "academic")
+    chain = chain_of(model, settings)
+    reports = list(reconstruct(model, images(0), settings, 0))
+    again = errors(model, chain, images(0)[::8])
+    for unit, report in zip(chain, reports, strict=True):
+        recorded = report.loss_after if report.kept else report.loss_before
+        assert recorded == pytest.approx(again[unit.output], rel=1e-4, abs=1e-7)
+    judging, learning = parted(settings, views * COUNT, views)
+    assert judging.tolist() == list(range(0, COUNT, 8))
+    assert sorted({int(row) % COUNT for row in learning}) == [i for i in range(COUNT) if i % 8]
+    assert len(learning) == views * COUNT * 7 // 8
+    assert all(len(rows) == 50 * views for rows in parted(settings, 50 * views, views))
+
+
+def test_versions_are_more_to_learn_from() -> None:
+    """Few images, many steps: what is learned from versions of them holds better for other images."""
+    found = {}
+    for views in (1, 6):
+        total = 0.0
+        for seed in range(3):
+            model = w2a2(seed, "academic")
+            settings = schedule("qdrop", iterations=250, views=views, never_worse=False)
+            list(reconstruct(model, images(seed)[:24], settings, seed))
+            others = nn.functional.interpolate(torch.randn(64, 3, 5, 5), size=(10, 10), mode="bilinear")
+            total += list(errors(model, chain_of(model, settings), others).values())[-1]
+        found[views] = total
+    assert found[6] < found[1]
+
+
 @pytest.mark.parametrize(
     ("name", "method", "share"),
     [
@@ -272,7 +306,7 @@ def test_a_shared_weight_is_learned_once_and_the_recorded_losses_stay_true(name:
 )  # fmt: skip
 def test_going_on_after_some_units_gives_the_same_codes(name: str, method: Any, share: float) -> None:
     """Also at the border between two phases (0.5 of brecq's units), where the ranges are found again."""
-    recipe = ReconstructRecipe(method=method, iterations=3, rounding_lr=0.1, zero_point_lr=0.1, loss="fisher")
+    recipe = ReconstructRecipe(method=method, iterations=3, rounding_lr=0.1, zero_point_lr=0.1, loss="fisher", views=2)
     x = NETWORKS[name].example(batch=16)
 
     def fresh() -> QuantModel:
