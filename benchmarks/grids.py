@@ -1,10 +1,11 @@
-"""Weights on grids beyond uniform: ResNet-20 on CIFAR-10 at 1 to 4 bits with reconstruction, and NUQ on 8-bit networks.
+"""Grids beyond uniform: weights of ResNet-20 at 1 to 4 bits with reconstruction, NUQ on 8-bit networks, activations.
 
-    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq] [--bits 1..4] [--seeds 1005 …]
+    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq activations] [--seeds 1005 …]
 
 DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: `calibquant compare --grids` with the preset `fast`,
 activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel. `nuq`:
-the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. What was done is kept below
+the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. `activations`: the preset
+`analytic` with weights of 4 uniform bits and activations on each grid, on the same networks. What was done is kept below
 --runs or in the results, so that the same command goes on.
 """
 
@@ -30,6 +31,9 @@ VARIANTS = {
     "codebook, each channel": "quant.weights.codebook=per_channel",
 }
 BASELINE = "uniform"
+STUDIES = ["bits", "nuq", "activations"]
+ACTIVATION_GRIDS = ("uniform", "codebook", "apot", "power-of-two")
+ACTIVATION_BITS = {"ResNet-20": (4, 3, 2), "MobileNetV2": (4,)}
 ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop",
             "quant.activations.bits=16", "export.onnx=false")  # fmt: skip
 NETWORKS = {
@@ -97,8 +101,43 @@ def few_levels(given: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def activation_grids(given: Any) -> list[dict[str, Any]]:
+    """Weights of 4 uniform bits, and activations on each grid."""
+    rows = []
+    for network, settings in ACTIVATION_BITS.items():
+        config, source = source_of(network, given)
+        for bits in settings:
+            for grid in (g for g in ACTIVATION_GRIDS if bits < 4 or g != "power-of-two"):
+                own = ["preset=analytic", f"calibration.count={NETWORKS[network][3]}", f"runs={given.runs / 'nuq'}",
+                       "quant.weights.bits=4", f"quant.activations.bits={bits}", f"quant.activations.grid={grid}",
+                       "export.onnx=false"]  # fmt: skip
+                scores = quantize(load_recipe(config, [*source, *own])).metrics["quantized"]
+                rows.append({
+                    "network": network, "bits": bits, "grid": grid, "top1": scores["top1"],
+                    "agreement": scores["agreement"], "images": scores["count"],
+                })  # fmt: skip
+    return rows
+
+
 def text_of(facts: dict[str, Any]) -> str:
-    return bits_text(facts.get("bits", [])) + levels_text(facts.get("nuq", []))
+    parts = (bits_text, "bits"), (levels_text, "nuq"), (activations_text, "activations")
+    return "".join(text(facts.get(study, [])) for text, study in parts)
+
+
+def activations_text(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    cells = {(r["network"], r["bits"], r["grid"]): f"{100 * r['top1']:.2f}, {100 * r['agreement']:.2f}" for r in rows}
+    body = [
+        [f"{network} W4A{bits}", *(cells.get((network, bits, grid), "–") for grid in ACTIVATION_GRIDS)]
+        for network, settings in ACTIVATION_BITS.items()
+        for bits in settings
+    ]
+    return (
+        "\n" + common.table(["top-1 %, agreement %: activations on", *ACTIVATION_GRIDS], body)
+        + "\nPreset `analytic` (Gram rounding and bias correction, nothing learned), weights on uniform grids, placement "
+        "`integer`, boundary `qdrop`, one draw.\n"
+    )  # fmt: skip
 
 
 def bits_text(rows: list[dict[str, Any]]) -> str:
@@ -142,15 +181,16 @@ def levels_text(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--studies", nargs="+", choices=["bits", "nuq"], default=["bits", "nuq"])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     parser.add_argument("--bits", default="1..4")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
     given = parser.parse_args()
     path = common.RESULTS / "grids.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    facts = {study: facts[study] for study in ("bits", "nuq") if study in facts}
+    facts = {study: facts[study] for study in STUDIES if study in facts}
+    run = {"bits": few_bits, "nuq": few_levels, "activations": activation_grids}
     for study in given.studies:
-        facts[study] = few_bits(given) if study == "bits" else few_levels(given)
+        facts[study] = run[study](given)
         command = "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA"
         common.write("grids", command, facts, text_of(facts))
 
