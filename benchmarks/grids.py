@@ -5,8 +5,8 @@
 DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: `calibquant compare --grids` with the preset `fast`,
 activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel. `nuq`:
 the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. `activations`: the preset
-`analytic` with weights of 4 uniform bits and activations on each grid, on the same networks. What was done is kept below
---runs or in the results, so that the same command goes on.
+`analytic` with weights of 4 uniform bits and activations on each grid, on the same networks. What was done is kept
+below --runs or in the results, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def activations_text(rows: list[dict[str, Any]]) -> str:
     ]
     return (
         "\n" + common.table(["top-1 %, agreement %: activations on", *ACTIVATION_GRIDS], body)
-        + "\nPreset `analytic` (Gram rounding and bias correction, nothing learned), weights on uniform grids, placement "
-        "`integer`, boundary `qdrop`, one draw.\n"
+        + "\nPreset `analytic` (Gram rounding and bias correction, nothing learned), weights on uniform grids, "
+        "placement `integer`, boundary `qdrop`, one draw.\n"
     )  # fmt: skip
 
 
