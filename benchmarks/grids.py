@@ -40,9 +40,15 @@ NETWORKS = {
     "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", 1024),
     "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", 256),
 }
-LEVELS = {"uniform": (), "32 levels": ("quant.weights.grid=nuq",),
-          "16 levels": ("quant.weights.grid=nuq", "quant.weights.levels=16"),
-          "32 levels, second order": ("quant.weights.grid=nuq", "quant.weights.clustering=second-order")}  # fmt: skip
+NUQ, SECOND, GRAM = "quant.weights.grid=nuq", "quant.weights.clustering=second-order", "quant.weights.rounding=gram"
+LEVELS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "32 levels": (NUQ,),
+    "32 levels, second order": (NUQ, SECOND),
+    "32 levels, second order, Gram rounding": (NUQ, SECOND, GRAM),
+    "16 levels": (NUQ, "quant.weights.levels=16"),
+    "16 levels, second order, Gram rounding": (NUQ, "quant.weights.levels=16", SECOND, GRAM),
+}
 
 
 def source_of(network: str, given: Any) -> tuple[Path, list[str]]:
@@ -82,23 +88,25 @@ def rows_of(result: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def few_levels(given: Any) -> list[dict[str, Any]]:
-    """8-bit networks and the same with few of the levels."""
-    rows = []
+def few_levels(given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """8-bit networks and the same with few of the levels; rows that are known are taken."""
+    rows = {(row["network"], row["levels"]): row for row in known if row["levels"] in LEVELS}
     for network in NETWORKS:
         config, source = source_of(network, given)
         wanted = None
         for name, keys in LEVELS.items():
+            if (network, name) in rows and (name != BASELINE or all((network, other) in rows for other in LEVELS)):
+                continue
             fixed = ["preset=int8", f"calibration.count={NETWORKS[network][3]}", f"runs={given.runs / 'nuq'}"]
             run = quantize(load_recipe(config, [*source, *fixed, *keys]))
             wanted = run.evaluation.predictions if wanted is None else wanted
             size = run.metrics["size"]
-            rows.append({
+            rows[network, name] = {
                 "network": network, "levels": name, "top1": run.metrics["quantized"]["top1"],
                 "agreement": float((run.evaluation.predictions == wanted).mean()), "images": len(wanted),
                 "entropy": size["code_entropy"], "codes": size["codes"], "compressed": size["compressed_codes"],
-            })  # fmt: skip
-    return rows
+            }  # fmt: skip
+    return [rows[network, name] for network in NETWORKS for name in LEVELS]
 
 
 def activation_grids(given: Any) -> list[dict[str, Any]]:
@@ -188,9 +196,11 @@ def main() -> None:
     path = common.RESULTS / "grids.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     facts = {study: facts[study] for study in STUDIES if study in facts}
-    run = {"bits": few_bits, "nuq": few_levels, "activations": activation_grids}
     for study in given.studies:
-        facts[study] = run[study](given)
+        if study == "nuq":
+            facts[study] = few_levels(given, facts.get(study, []))
+        else:
+            facts[study] = few_bits(given) if study == "bits" else activation_grids(given)
         command = "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA"
         common.write("grids", command, facts, text_of(facts))
 
