@@ -34,8 +34,7 @@ BASELINE = "uniform"
 STUDIES = ["bits", "nuq", "activations"]
 ACTIVATION_GRIDS = ("uniform", "codebook", "apot", "power-of-two")
 ACTIVATION_BITS = {"ResNet-20": (4, 3, 2), "MobileNetV2": (4,)}
-ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop",
-            "quant.activations.bits=16", "export.onnx=false")  # fmt: skip
+ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop", "export.onnx=false")
 NETWORKS = {
     "ResNet-20": ("resnet20-cifar10.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin", 1024),
     "MobileNetV2": ("mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", 256),
@@ -61,13 +60,13 @@ def source_of(network: str, given: Any) -> tuple[Path, list[str]]:
 def few_bits(given: Any) -> list[dict[str, Any]]:
     """A row for each setting and grid, with the top-1 of each seed."""
     config, source = source_of("ResNet-20", given)
-    keys = [*source, *ONE_DRAW]
-    done = compare(config, ["fast"], [given.bits], given.seeds, None, keys, given.runs / "grids", grids=GRIDS)
+    keys, settings = [*source, *ONE_DRAW], [f"w{bits}a16" for bits in given.bits]
+    done = compare(config, ["fast"], settings, given.seeds, None, keys, given.runs / "grids", grids=GRIDS)
     shutil.copyfile(done.folder / FIGURE, common.RESULTS / "grids.png")
     rows = rows_of(done.result, None)
     for number, (name, key) in enumerate(VARIANTS.items()):
         out = given.runs / f"grids-{number}"
-        more = compare(config, ["fast"], [given.bits], given.seeds, None, [*keys, key], out, grids=["codebook"])
+        more = compare(config, ["fast"], settings, given.seeds, None, [*keys, key], out, grids=["codebook"])
         rows += rows_of(more.result, name)
     order = [*GRIDS, *VARIANTS]
     return sorted(rows, key=lambda row: (row["setting"], order.index(row["grid"])))
@@ -190,7 +189,7 @@ def levels_text(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
-    parser.add_argument("--bits", default="1..4")
+    parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
     given = parser.parse_args()
     path = common.RESULTS / "grids.json"
