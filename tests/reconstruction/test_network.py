@@ -282,21 +282,6 @@ def test_images_judge_as_they_are_and_in_no_version_teach(views: int) -> None:
     assert all(len(rows) == 50 * views for rows in parted(settings, 50 * views, views))
 
 
-def test_versions_are_more_to_learn_from() -> None:
-    """Few images, many steps: what is learned from versions of them holds better for other images."""
-    found = {}
-    for views in (1, 6):
-        total = 0.0
-        for seed in range(3):
-            model = w2a2(seed, "academic")
-            settings = schedule("qdrop", iterations=250, views=views, never_worse=False)
-            list(reconstruct(model, images(seed)[:24], settings, seed))
-            others = nn.functional.interpolate(torch.randn(64, 3, 5, 5), size=(10, 10), mode="bilinear")
-            total += list(errors(model, chain_of(model, settings), others).values())[-1]
-        found[views] = total
-    assert found[6] < found[1]
-
-
 @pytest.mark.parametrize(
     ("name", "method", "share"),
     [
