@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/best.py --data DATA [--studies NAME …] [--seeds 1005 …]
 
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
-(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2), `time` (plain `qdrop`, for its seconds beside
+(ResNet-20 with convolved shortcuts and ResNet-56 at W2A2 and W4A4), `time` (plain `qdrop`, for its seconds beside
 QDrop's code), `mechanisms` (W2A2, one mechanism after another), `large` (at W4A4, `best`, and its units without the
 network's stage, in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
 `integer` (the integer placement at W4A4, and its deploy.onnx). A cell is a run; what was done is kept below --runs, so
@@ -80,7 +80,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
-    "others": (("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2",), ("qdrop, 500 iterations", "fast", "best")),
+    "others": (
+        ("ResNet-20, convolved shortcuts", "ResNet-56"), ("W2A2", "W4A4"), ("qdrop, 500 iterations", "fast", "best"),
+    ),
     "time": (("ResNet-20",), ("W4A4", "W2A2"), ("qdrop", "qdrop, bfloat16")),
     "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
     "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), 
