@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_networks_kl_divergence() -> None:
     model, x = w2a2(0, "academic"), images(0)[:3]
     settings = schedule("brecq", loss="fisher")
     (phase, _), chain = phases(settings), chain_of(model, settings)
-    walk = network._Walk(model, x, len(x), chain, settings, phase, 0, "cpu", FeatureStore(), 0)
+    walk = network._Walk(model, x, len(x), 1, chain, settings, phase, 0, "cpu", FeatureStore(), 0)
     side = Features(model.teacher.graph, model.part, x, 2)
     model.enable(activations=False)
     unit = chain[1]
