@@ -89,15 +89,9 @@ def calibrate_activations(
     for source, observer in observers.values():
         watching[source].append(observer)
     watched = Watched(network, watching.keys(), lambda name, value: _update(watching[name], name, value))
-    observed, images = mount(watched), 0
     with torch.inference_mode(), model.float_mode():
         model.enable(weights=True, activations=False)
-        for number, batch in enumerate(batches):
-            if number % parallel.world() == parallel.rank():
-                observed(batch)
-            images += len(batch)
-    if not images:
-        raise QuantizationError("calibration", "got no images", "give at least two calibration images")
+        show(mount(watched), batches)
     for name, observer in _merged({name: observer for name, (_, observer) in observers.items()}).items():
         quantizer = model.activation_quantizers[name]
         if isinstance(observer, ChannelObserver) and quantizer.plan.allocation != "none":
@@ -107,6 +101,21 @@ def calibrate_activations(
             quantizer.set_range(low, high, levels=levels)
         else:
             quantizer.set_range(*observer.range())
+
+
+def show(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Pass images through a network; of several processes each passes every so-many-th batch.
+
+    Raises:
+        QuantizationError: there are none.
+    """
+    images = 0
+    for number, batch in enumerate(batches):
+        if number % parallel.world() == parallel.rank():
+            network(batch)
+        images += len(batch)
+    if not images:
+        raise QuantizationError("calibration", "got no images", "give at least two calibration images")
 
 
 def _observers(model: QuantModel, recipe: ActivationRecipe) -> dict[str, tuple[str, ActivationObserver]]:

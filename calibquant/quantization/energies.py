@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant import parallel
-from calibquant.errors import QuantizationError
 from calibquant.graph.ops import Kind, activations_of, op_of, weight_of
 from calibquant.graph.watching import Watched
+from calibquant.quantization.calibration import show
 from calibquant.quantization.model import QuantModel, parameter_tensors
 from calibquant.recipe import QuantRecipe
 
@@ -58,14 +58,8 @@ def weight_energies(
             name = str(weight_of(node).target)  # type: ignore[union-attr]
             sums[name] += _energy(node, x, tensors[name])
 
-    observed, images = mount(Watched(model.teacher, readers.keys(), visit)), 0
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            if number % parallel.world() == parallel.rank():
-                observed(batch)
-            images += len(batch)
-    if not images:
-        raise QuantizationError("calibration", "got no images", "give at least two calibration images")
+        show(mount(Watched(model.teacher, readers.keys(), visit)), batches)
     shares = parallel.every({name: total.cpu() for name, total in sums.items()})
     return {
         name: _relative(torch.stack([share[name] for share in shares]).sum(0)).to(total.device)
