@@ -38,10 +38,11 @@ from calibquant import zoo
 from calibquant.data import batches
 from calibquant.errors import ModelError
 from calibquant.export.executor import execute
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.onnx_writer import float_onnx
-from calibquant.export.program import Program, make_program
+from calibquant.export.program import Program
 from calibquant.export.session import open_session
 from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, fit_biases, make_plan

@@ -17,11 +17,12 @@ from calibquant.errors import RecipeError, nearest
 from calibquant.export.amct import CONFIG, amct_config
 from calibquant.export.artifact import GRAPH, MODEL, load_artifact, size_of
 from calibquant.export.audit import summarize
+from calibquant.export.lowering import make_program, refusal
 from calibquant.export.onnx_content import opset_of
 from calibquant.export.onnx_deploy import Storage, deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
 from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT, Parity, check_parity
-from calibquant.export.program import Program, make_program, refusal
+from calibquant.export.program import Program
 from calibquant.export.session import import_onnx, import_runtime
 from calibquant.export.vectors import write_vectors
 from calibquant.parallel import set_threads

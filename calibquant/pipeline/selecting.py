@@ -112,7 +112,10 @@ class Candidates:
         """
         recipe, device = self.recipe, resolve_device(self.recipe.device)
         model = QuantModel(self.teacher.to(device), make_plan(self.teacher, recipe.quant))
-        mount = lambda part: self.mount(part).to(device)  # noqa: E731
+
+        def mount(part: nn.Module) -> nn.Module:
+            return self.mount(part).to(device)
+
         energies = weight_energies(model, recipe.quant, self._batches(pool, rows), mount)
         calibrate_weights(model, recipe.quant, energies=energies)
         calibrate_activations(model, recipe.quant.activations, self._batches(pool, rows), mount)

@@ -11,7 +11,8 @@ from networks import NETWORKS, folded, quantized
 from calibquant.export import kernels
 from calibquant.export.audit import AccumulatorRow, audit, signed_bits, summarize
 from calibquant.export.executor import execute, sums_of
-from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step, make_program
+from calibquant.export.lowering import make_program
+from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 
 

@@ -22,10 +22,10 @@ from calibquant.export.amct import amct_config
 from calibquant.export.artifact import GRAPH, MODEL, load_artifact, size_of
 from calibquant.export.audit import audit
 from calibquant.export.executor import execute
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx
 from calibquant.export.parity import check_parity
-from calibquant.export.program import make_program
 from calibquant.export.record import record, record_text
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.numerics.grid import Grid

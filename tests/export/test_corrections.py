@@ -10,10 +10,10 @@ from networks import NETWORKS, folded, quantized
 from torch import Tensor
 
 from calibquant.export.executor import execute
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
-from calibquant.export.program import make_program
 from calibquant.graph import with_biases
 from calibquant.quantization import QuantModel, correct_biases_analytically, correct_weights
 from calibquant.recipe import QuantRecipe

@@ -14,9 +14,10 @@ from networks import NETWORKS, folded, quantized
 from torch import Tensor, fx, nn
 
 from calibquant.export.executor import Execution, execute
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_files import with_outputs
-from calibquant.export.program import Program, make_program, names_of
+from calibquant.export.program import Program, names_of
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.quantization import QuantModel
 from calibquant.quantization.quantizers import ActivationQuantizer

@@ -26,9 +26,10 @@ from onnx_cases import (
 )
 from torch import Tensor, nn
 
+from calibquant.export.lowering import make_program, refusal
 from calibquant.export.onnx_deploy import Storage, deploy_onnx
 from calibquant.export.onnx_files import with_outputs
-from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step, make_program, refusal
+from calibquant.export.program import ActivationGrid, IntegerWeight, Program, Step
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe

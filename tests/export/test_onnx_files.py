@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from onnx_cases import images_of, model_of, result, run
 
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_files import OnnxGraph, pack_low_bits, with_outputs
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
-from calibquant.export.program import make_program
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 63])

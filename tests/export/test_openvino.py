@@ -11,8 +11,8 @@ import torch
 from onnx_cases import images_of, model_of, result
 from torch import Tensor, nn
 
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
-from calibquant.export.program import make_program
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from calibquant.errors import RunFolderError
 from calibquant.export import parity as module
+from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
 from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT, Parity, check_parity
-from calibquant.export.program import make_program
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 

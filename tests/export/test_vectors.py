@@ -15,7 +15,8 @@ from networks import NETWORKS, folded, quantized
 from calibquant.errors import RunFolderError
 from calibquant.export import vectors
 from calibquant.export.executor import execute
-from calibquant.export.program import Program, make_program
+from calibquant.export.lowering import make_program
+from calibquant.export.program import Program
 from calibquant.export.vectors import write_vectors
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 

@@ -17,7 +17,8 @@ from calibquant import TensorImages
 from calibquant.errors import CalibQuantError, QuantizationError
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.export.executor import execute
-from calibquant.export.program import LEVELS, make_program
+from calibquant.export.lowering import make_program
+from calibquant.export.program import LEVELS
 from calibquant.numerics.affine import affine_from_range
 from calibquant.numerics.grid import Grid
 from calibquant.numerics.levels import nearest_levels, unsigned_levels

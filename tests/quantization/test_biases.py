@@ -8,7 +8,7 @@ import torch
 from networks import NETWORKS, folded, quantized, values_of
 from torch import Tensor, nn
 
-from calibquant.export.program import make_program
+from calibquant.export.lowering import make_program
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import Grid, PerChannel

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 import calibquant
 from calibquant.errors import QuantizationError, RecipeError
 from calibquant.export.artifact import MODEL, load_artifact, save_artifact, size_of
+from calibquant.export.lowering import refusal
 from calibquant.export.onnx_writer import fake_quant_onnx
-from calibquant.export.program import refusal
 from calibquant.export.record import record, record_text
 from calibquant.export.session import open_session
 from calibquant.graph import capture, fold_batch_norm
