@@ -2,36 +2,40 @@
 
     OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq activations] [--seeds 1005 …]
 
-DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: `calibquant compare --grids` with the preset `fast`,
-activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel. `nuq`:
-the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. `activations`: the preset
-`analytic` with weights of 4 uniform bits and activations on each grid, on the same networks. What was done is kept
-below --runs or in the results, so that the same command goes on.
+DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: what `calibquant compare --methods fast --grids` runs,
+with activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel.
+`nuq`: the preset `int8` with 32 and 16 of its 256 levels beside all, on ResNet-20 and MobileNetV2. `activations`: the
+preset `analytic` with weights of 4 uniform bits and activations on each grid, on the same networks. What was done is
+kept in the results, so that the same command goes on; delete them to measure again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
 
-from calibquant.pipeline import quantize
-from calibquant.recipe import load_recipe
-from calibquant.studies.compare import compare
-from calibquant.studies.compare.running import FIGURE
+from calibquant.pipeline import Run, quantize
+from calibquant.recipe import has_bits, load_recipe
+from calibquant.studies.compare.figure import pareto_png
 from calibquant.studies.paired import over_seeds, spread
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GRIDS = ("uniform", "codebook", "apot", "power-of-two", "ternary", "binary")
-VARIANTS = {
-    "codebook, second order": "quant.weights.clustering=second-order",
-    "codebook, each channel": "quant.weights.codebook=per_channel",
+GRIDS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "codebook": ("quant.weights.grid=codebook",),
+    "codebook, second order": ("quant.weights.grid=codebook", "quant.weights.clustering=second-order"),
+    "codebook, each channel": ("quant.weights.grid=codebook", "quant.weights.codebook=per_channel"),
+    "apot": ("quant.weights.grid=apot",),
+    "power-of-two": ("quant.weights.grid=power-of-two",),
+    "ternary": ("quant.weights.grid=ternary",),
+    "binary": ("quant.weights.grid=binary",),
 }
 BASELINE = "uniform"
-STUDIES = ["bits", "nuq", "activations"]
 ACTIVATION_GRIDS = ("uniform", "codebook", "apot", "power-of-two")
 ACTIVATION_BITS = {"ResNet-20": (4, 3, 2), "MobileNetV2": (4,)}
 ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop", "export.onnx=false")
@@ -57,47 +61,50 @@ def source_of(network: str, given: Any) -> tuple[Path, list[str]]:
     return CONFIGS / config, [*keys, f"threads={given.threads}"]
 
 
-def few_bits(given: Any) -> list[dict[str, Any]]:
+def run_of(network: str, given: Any, keys: list[str]) -> Run:
+    """A run without its folder."""
+    config, source = source_of(network, given)
+    run = quantize(load_recipe(config, [*source, f"runs={given.runs / 'grids'}", *keys]))
+    shutil.rmtree(run.folder)
+    return run
+
+
+def few_bits(given: Any, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """A row for each setting and grid, with the top-1 of each seed."""
-    config, source = source_of("ResNet-20", given)
-    keys, settings = [*source, *ONE_DRAW], [f"w{bits}a16" for bits in given.bits]
-    done = compare(config, ["fast"], settings, given.seeds, None, keys, given.runs / "grids", grids=GRIDS)
-    shutil.copyfile(done.folder / FIGURE, common.RESULTS / "grids.png")
-    rows = rows_of(done.result, None)
-    for number, (name, key) in enumerate(VARIANTS.items()):
-        out = given.runs / f"grids-{number}"
-        more = compare(config, ["fast"], settings, given.seeds, None, [*keys, key], out, grids=["codebook"])
-        rows += rows_of(more.result, name)
-    order = [*GRIDS, *VARIANTS]
-    return sorted(rows, key=lambda row: (row["setting"], order.index(row["grid"])))
+    found = {(row["setting"], row["grid"]): row for row in rows}
+    for bits, seed, grid in ((b, s, g) for b in given.bits for s in given.seeds for g in GRIDS):
+        setting = f"W{bits}A16"
+        if not has_bits(grid.partition(",")[0], bits) or str(seed) in found.get((setting, grid), {"top1": {}})["top1"]:
+            continue
+        own = ["preset=fast", f"quant.weights.bits={bits}", "quant.activations.bits=16", f"seed={seed}"]
+        metrics = run_of("ResNet-20", given, [*ONE_DRAW, *own, *GRIDS[grid]]).metrics
+        row = found.setdefault((setting, grid), {
+            "setting": setting, "grid": grid, "weight_bits": metrics["size"]["weight_bits"],
+            "bytes": metrics["size"]["file"], "float_top1": metrics["float"]["top1"], "top1": {},
+        })  # fmt: skip
+        row["top1"][str(seed)] = metrics["quantized"]["top1"]
+        yield sorted(found.values(), key=lambda r: (r["setting"], [*GRIDS].index(r["grid"])))
 
 
-def rows_of(result: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
-    """The table of a comparison, and the top-1 of its cells by seed."""
-    top1: dict[tuple[str, str], dict[str, float]] = {}
-    for cell in result["cells"]:
-        top1.setdefault((cell["setting"], cell["method"]), {})[str(cell["seed"])] = cell["top1"]
-    return [
-        {
-            "setting": row["setting"], "grid": name or row["method"].partition(":")[2],
-            "weight_bits": row["weight_bits"], "bytes": row["bytes"], "float_top1": result["float_top1"],
-            "top1": top1[row["setting"], row["method"]],
-        }
-        for row in result["table"]
+def draw_pareto(rows: list[dict[str, Any]]) -> None:
+    """results/grids.png: bytes against accuracy."""
+    table = [
+        {**row, "method": row["grid"], "top1": {"mean": s.mean, "sd": s.sd}}
+        for row in rows for s in [spread(list(row["top1"].values()))]
     ]  # fmt: skip
+    grids = [grid for grid in GRIDS if any(row["grid"] == grid for row in rows)]
+    (common.RESULTS / "grids.png").write_bytes(pareto_png({"measure": "top1", "methods": grids, "table": table}))
 
 
-def few_levels(given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """8-bit networks and the same with few of the levels; rows that are known are taken."""
+def few_levels(given: Any, known: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """8-bit networks and the same with few of the levels."""
     rows = {(row["network"], row["levels"]): row for row in known if row["levels"] in LEVELS}
     for network in NETWORKS:
-        config, source = source_of(network, given)
         wanted = None
         for name, keys in LEVELS.items():
             if (network, name) in rows and (name != BASELINE or all((network, other) in rows for other in LEVELS)):
                 continue
-            fixed = ["preset=int8", f"calibration.count={NETWORKS[network][3]}", f"runs={given.runs / 'nuq'}"]
-            run = quantize(load_recipe(config, [*source, *fixed, *keys]))
+            run = run_of(network, given, ["preset=int8", f"calibration.count={NETWORKS[network][3]}", *keys])
             wanted = run.evaluation.predictions if wanted is None else wanted
             size = run.metrics["size"]
             rows[network, name] = {
@@ -105,25 +112,27 @@ def few_levels(given: Any, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "agreement": float((run.evaluation.predictions == wanted).mean()), "images": len(wanted),
                 "entropy": size["code_entropy"], "codes": size["codes"], "compressed": size["compressed_codes"],
             }  # fmt: skip
-    return [rows[network, name] for network in NETWORKS for name in LEVELS]
+            yield [rows[n, levels] for n in NETWORKS for levels in LEVELS if (n, levels) in rows]
 
 
-def activation_grids(given: Any) -> list[dict[str, Any]]:
+def activation_grids(given: Any, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Weights of 4 uniform bits, and activations on each grid."""
-    rows = []
-    for network, settings in ACTIVATION_BITS.items():
-        config, source = source_of(network, given)
-        for bits in settings:
-            for grid in (g for g in ACTIVATION_GRIDS if bits < 4 or g != "power-of-two"):
-                own = ["preset=analytic", f"calibration.count={NETWORKS[network][3]}", f"runs={given.runs / 'nuq'}",
-                       "quant.weights.bits=4", f"quant.activations.bits={bits}", f"quant.activations.grid={grid}",
-                       "export.onnx=false"]  # fmt: skip
-                scores = quantize(load_recipe(config, [*source, *own])).metrics["quantized"]
-                rows.append({
-                    "network": network, "bits": bits, "grid": grid, "top1": scores["top1"],
-                    "agreement": scores["agreement"], "images": scores["count"],
-                })  # fmt: skip
-    return rows
+    cells = [(n, b, g) for n, settings in ACTIVATION_BITS.items() for b in settings for g in ACTIVATION_GRIDS]
+    known = {(row["network"], row["bits"], row["grid"]) for row in rows}
+    for network, bits, grid in cells:
+        if (network, bits, grid) in known or (grid == "power-of-two" and bits > 3):  # there is none for activations
+            continue
+        own = ["preset=analytic", f"calibration.count={NETWORKS[network][3]}", "quant.weights.bits=4",
+               f"quant.activations.bits={bits}", f"quant.activations.grid={grid}", "export.onnx=false"]  # fmt: skip
+        scores = run_of(network, given, own).metrics["quantized"]
+        rows = [*rows, {
+            "network": network, "bits": bits, "grid": grid, "top1": scores["top1"],
+            "agreement": scores["agreement"], "images": scores["count"],
+        }]  # fmt: skip
+        yield rows
+
+
+STUDIES = {"bits": few_bits, "nuq": few_levels, "activations": activation_grids}
 
 
 def text_of(facts: dict[str, Any]) -> str:
@@ -188,7 +197,7 @@ def levels_text(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
+    parser.add_argument("--studies", nargs="+", choices=[*STUDIES], default=[*STUDIES])
     parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
     given = parser.parse_args()
@@ -196,12 +205,12 @@ def main() -> None:
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     facts = {study: facts[study] for study in STUDIES if study in facts}
     for study in given.studies:
-        if study == "nuq":
-            facts[study] = few_levels(given, facts.get(study, []))
-        else:
-            facts[study] = few_bits(given) if study == "bits" else activation_grids(given)
-        command = "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA"
-        common.write("grids", command, facts, text_of(facts))
+        for rows in STUDIES[study](given, facts.get(study, [])):
+            facts[study] = rows
+            if study == "bits":
+                draw_pareto(rows)
+            command = "OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA"
+            common.write("grids", command, facts, text_of(facts))
 
 
 if __name__ == "__main__":
