@@ -46,6 +46,11 @@ def judge(
     console.out.print(f"Largest errors of second moments at the inputs of: {names}", markup=False)
     if judged.missing_classes:
         console.out.print(f"Classes without an image: {', '.join(judged.missing_classes[:20])}", markup=False)
+    if found.stretching:
+        pairs = list(zip(judged.stretching, found.stretching, strict=True))[:10]
+        words = ", ".join(f"{name} ({s.times:.0f} times the usual peak of {s.node})" for name, s in pairs)
+        more = f" and {len(found.stretching) - len(pairs)} more" if len(found.stretching) > len(pairs) else ""
+        console.out.print(f"Images that make a range wide for all others: {words}{more}", markup=False)
     if found.distinct < found.images:
         console.out.print(f"{found.images - found.distinct} images are copies of others", markup=False)
     console.out.print(f"Images to add first: {', '.join(judged.add)}", markup=False)

@@ -30,12 +30,14 @@ class Judged:
         pool: how many images the set was compared with.
         add: names of the images that would improve it most.
         missing_classes: names, or numbers, of the classes that the set lacks.
+        stretching: names of the images that alone make a range wide, as in `judgement.stretching`.
     """
 
     judgement: Judgement
     pool: int
     add: tuple[str, ...]
     missing_classes: tuple[str, ...]
+    stretching: tuple[str, ...]
 
 
 def select(
@@ -116,6 +118,7 @@ def judge(
         len(pool),
         tuple(known.images.name(int(pool.indices[row])) for row in found.add),
         tuple(classes[c] if classes else str(c) for c in found.missing_classes),
+        tuple(images.name(indices[stretch.row]) for stretch in found.stretching),
     )
 
 

@@ -15,6 +15,7 @@ from calibquant.selection.strategies import class_columns, second_moments
 RANDOM_SETS = 200
 ADDED = 10  # images that are proposed
 HIGH = 0.99  # quantile of the pool's peaks that a set should reach
+STRETCH = 4.0  # an image stretches a range that reaches so many times as far as half of the pool's images do
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,21 @@ class LayerJudgement:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """An image that alone makes a range wide, so that all other images have fewer steps.
+
+    Args:
+        row: of the set.
+        node: whose values it stretches most.
+        times: its largest |value| there over the median of the pool's images.
+    """
+
+    row: int
+    node: str
+    times: float
+
+
+@dataclass(frozen=True)
 class Judgement:
     """How good a set is.
 
@@ -49,6 +65,8 @@ class Judgement:
         missing_classes: numbers of classes that the pool has and the set has not.
         layers: each layer's part.
         add: rows of the pool that would improve it most, in order.
+        stretching: images of the set that reach more than STRETCH times the pool's median at the input of some layer,
+            the farthest first.
         random: what the coverage, the two errors and the class distance of random sets are, mean of each.
     """
 
@@ -63,6 +81,7 @@ class Judgement:
     missing_classes: tuple[int, ...]
     layers: tuple[LayerJudgement, ...]
     add: tuple[int, ...]
+    stretching: tuple[Stretch, ...]
     random: dict[str, float]
 
 
@@ -109,6 +128,7 @@ def judge(pool: Pool, given: Pool, seed: int, distinct: int | None = None) -> Ju
         missing_classes=tuple(int(c) for c in np.setdiff1d(expected, present)),
         layers=tuple(layers),
         add=tuple(_to_add(pool, given)),
+        stretching=tuple(_stretching(pool, given)),
         random={key: float(np.mean([row[key] for row in found])) for key in found[0]},
     )
 
@@ -179,3 +199,12 @@ def _to_add(pool: Pool, given: Pool) -> list[int]:
     count = min(ADDED, len(pool))
     target = features[: len(pool)].mean(0)
     return match_mean(features, count, range(len(pool), len(both)), target=target)
+
+
+def _stretching(pool: Pool, given: Pool) -> list[Stretch]:
+    if pool.tops is None or given.tops is None:
+        raise ValueError("this needs a pool that the network has seen")
+    times = given.tops / np.maximum(np.median(pool.tops, 0), 1e-12)
+    farthest = times.max(1)
+    rows = [int(row) for row in np.argsort(-farthest, kind="stable") if farthest[row] > STRETCH]
+    return [Stretch(row, pool.entering[int(times[row].argmax())], float(farthest[row])) for row in rows]

@@ -40,6 +40,8 @@ class Pool:
             FILTERS); `squares` are random linear functions of the second moments G = E[x x^T] of the layer's patches.
         peaks: largest |value| of channels of these inputs, (n, channels).
         peak_layers: the layer (its number in `layers`) of each of these channels, (channels,).
+        entering: names of all nodes whose values enter a layer, those in `layers` among them.
+        tops: largest |value| of each of these, (n, entering): what an image asks of a tensor's range.
         predictions: the float network's classes, (n,).
     """
 
@@ -51,6 +53,8 @@ class Pool:
     squares: Floats | None = None
     peaks: Floats | None = None
     peak_layers: Ints | None = None
+    entering: tuple[str, ...] = ()
+    tops: Floats | None = None
     predictions: Ints | None = None
 
     def __len__(self) -> int:
@@ -67,6 +71,7 @@ class Pool:
             means=None if self.means is None else self.means[chosen],
             squares=None if self.squares is None else self.squares[chosen],
             peaks=None if self.peaks is None else self.peaks[chosen],
+            tops=None if self.tops is None else self.tops[chosen],
             predictions=None if self.predictions is None else self.predictions[chosen],
         )
 
@@ -93,7 +98,7 @@ def score_pool(
 ) -> Pool:
     """Run the float network once over candidate images and keep what selection and judging need.
 
-    Memory: 4 * (2 * layers * FILTERS + channels) bytes an image, at most 6 kB.
+    Memory: 4 * (2 * layers * FILTERS + channels + entering) bytes an image, at most 6 kB and 4 bytes a layer.
 
     Args:
         images: the set.
@@ -134,11 +139,11 @@ def score_pool(
             if progress:
                 progress(len(seen), len(chosen))
     table = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-    arrays = {name: table.pop(name) for name in ("classes", "predictions", "means", "squares", "peaks")}
+    arrays = {name: table.pop(name) for name in ("classes", "predictions", "means", "squares", "peaks", "tops")}
     values = {"reach": _reach(arrays["peaks"]), **{name: value.astype(np.float32) for name, value in table.items()}}
     return Pool(
         np.asarray(seen, dtype=np.int64), values=values, layers=tuple(look.layers), peak_layers=look.peak_layers,
-        **arrays,
+        entering=tuple(look.entering), **arrays,
     )  # fmt: skip
 
 
@@ -165,11 +170,12 @@ class _Look:
 
     def __init__(self, teacher: fx.GraphModule, seed: int, device: torch.device | str) -> None:
         entering = [activations_of(n)[0].name for n in teacher.graph.nodes if weight_of(n) is not None]
-        distinct = [*dict.fromkeys(entering)]
-        take = np.unique(np.linspace(0, len(distinct) - 1, min(MOST_LAYERS, len(distinct))).round().astype(int))
-        self.layers = [distinct[i] for i in take]
+        self.entering = [*dict.fromkeys(entering)]
+        last = len(self.entering) - 1
+        take = np.unique(np.linspace(0, last, min(MOST_LAYERS, last + 1)).round().astype(int))
+        self.layers = [self.entering[i] for i in take]
         self.normals = {n.name: normal for n in teacher.graph.nodes if (normal := normal_of(n)) is not None}
-        self.names = {*self.layers, *self.normals}
+        self.names = {*self.entering, *self.normals}
         self.random = torch.Generator().manual_seed(seed)
         self.device = device
         self.filters: dict[str, Tensor] = {}
@@ -189,7 +195,10 @@ class _Look:
         if name in self.layers:
             response = self._responses(name, value)
             found |= {"means": response.mean(2), "squares": response.square().mean(2)}
-            found["peaks"] = _positions(value).abs().amax(2)[:, self.channels[name]]
+            highest = _positions(value).abs().amax(2)
+            found |= {"peaks": highest[:, self.channels[name]], "top": highest.amax(1)}
+        elif name in self.entering:
+            found["top"] = value.flatten(1).abs().amax(1)
 
     def take(self) -> dict[str, Tensor]:
         """The statistics of the batch that passed; in the order of the layers whatever the order of the calls."""
@@ -197,6 +206,7 @@ class _Look:
         rows = [seen[name] for name in self.layers]
         found = {key: torch.stack([row[key] for row in rows], 1) for key in ("means", "squares")}
         found["peaks"] = torch.cat([row["peaks"] for row in rows], 1)
+        found["tops"] = torch.stack([seen[name]["top"] for name in self.entering], 1)
         if self.normals:
             found["bn_distance"] = torch.stack([seen[name]["distance"] for name in self.normals]).mean(0)
         return found

@@ -208,6 +208,23 @@ def test_copies_are_counted(fields: dict[str, Any]) -> None:
     assert found.percentile < 5
 
 
+def test_an_image_that_makes_a_range_wide_is_named(fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("set/train/0")
+    folder.mkdir(parents=True)
+    for i, light in enumerate([8, 9, 10, 9, 8, 10, 9, 255]):
+        Image.fromarray(np.full((32, 32, 3), light, dtype=np.uint8)).save(folder / f"{i}.png")
+    save_weights(build("cifar_resnet20"), Path("net.safetensors"))
+    others = {"model": {"name": "cifar_resnet20", "weights": "net.safetensors"}, "data": {
+        "kind": "folder", "root": "set", "preprocess": {"mean": [0, 0, 0], "std": [1, 1, 1]},
+    }}  # fmt: skip
+    Path("recipe.yaml").write_text(make_recipe(by(fields, pool=8) | others).to_yaml())
+    assert main(["judge", "recipe.yaml", "set/train"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"make a range wide for all others: train/0/7\.png \(\d+ times the usual peak of \w+\)", told), (
+        told
+    )
+
+
 def test_the_commands(fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(make_recipe(fields).to_yaml())
     assert main(["select", "recipe.yaml", "--strategy", "herding", "--count", "16", "--json"]) == 0

@@ -17,6 +17,7 @@ POOL = Pool(
     np.arange(N), CLASSES, {}, ("a", "b"), (_RANDOM.standard_normal((N, 2, 8)) + _LEVEL).astype(np.float32),
     (_RANDOM.chisquare(5, (N, 2, 8)) * _LEVEL**2).astype(np.float32),
     (_RANDOM.exponential(size=(N, 12)) * _LEVEL[:, 0]).astype(np.float32), np.repeat([0, 1], 6),
+    ("a", "x", "b"), _RANDOM.uniform(1, 3, (N, 3)).astype(np.float32),
 )  # fmt: skip
 
 
@@ -76,6 +77,17 @@ def test_what_is_proposed_brings_the_set_nearer() -> None:
     rows = [*np.argsort(_LEVEL.ravel())[:100]]
     before, after = (judge(POOL, part([*rows, *more]), 0) for more in ([], judge(POOL, part(rows), 0).add))
     assert after.moment_error < before.moment_error
+
+
+def test_an_image_that_makes_a_range_wide_is_named_with_the_place() -> None:
+    given = part(range(50))
+    assert judge(POOL, given, 0).stretching == ()  # at most three times where the median is two
+    assert POOL.tops is not None
+    assert given.tops is not None
+    given.tops[7, 1], given.tops[30, 2], given.tops[30, 0] = 9, 600, 40
+    usual = np.median(POOL.tops, 0)
+    found = [(s.row, s.node, s.times) for s in judge(POOL, given, 0).stretching]
+    assert found == [(30, "b", pytest.approx(600 / usual[2])), (7, "x", pytest.approx(9 / usual[1]))]
 
 
 def test_pools_of_other_networks_are_refused() -> None:

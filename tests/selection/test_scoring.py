@@ -101,6 +101,21 @@ def test_distance_from_what_batch_norm_expects() -> None:
     assert POOL.values["bn_distance"] == pytest.approx(expected.numpy(), rel=1e-3)
 
 
+def test_tops_are_the_largest_values_of_all_channels() -> None:
+    wanted = torch.stack([x.abs().flatten(1).amax(1) for x in inputs_of_layers()], 1)
+    assert POOL.tops == pytest.approx(wanted.numpy(), rel=1e-4)
+    assert len(POOL.entering) == 3
+
+
+def test_every_layer_has_tops_also_where_there_are_too_many_to_be_looked_at() -> None:
+    deep = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(20)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    found = score_pool(TensorImages(IMAGES), range(5), capture(deep, IMAGES[:3]))
+    assert (len(found.layers), len(found.entering)) == (16, 20)
+    assert found.tops is not None
+    with torch.no_grad():
+        assert found.tops[:, 7] == pytest.approx(deep[:7](IMAGES[:5]).abs().flatten(1).amax(1).numpy(), rel=1e-5)
+
+
 def test_reach_ranks_peaks_within_the_pool() -> None:
     assert POOL.peaks is not None
     ranks = (POOL.peaks[:, None] > POOL.peaks[None]).mean(1).mean(1)
