@@ -219,10 +219,9 @@ def test_an_image_that_makes_a_range_wide_is_named(fields: dict[str, Any], capsy
     }}  # fmt: skip
     Path("recipe.yaml").write_text(make_recipe(by(fields, pool=8) | others).to_yaml())
     assert main(["judge", "recipe.yaml", "set/train"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"make a range wide for all others: train/0/7\.png \(\d+ times the usual peak of \w+\)", told), (
-        told
-    )
+    told = " ".join(capsys.readouterr().out.split())
+    named = r"make a range wide for all others: train/0/7\.png \(\d+ times the usual peak of \w+\)"
+    assert re.search(named, told), told
 
 
 def test_the_commands(fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
