@@ -16,6 +16,7 @@ FLOORS = {
     "export": 5, "reconstruction": 5, "training": 5, "selection": 5, "evaluation": 5,
     "report": 6, "pipeline": 6, "studies": 6,
     "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 # On floor 6 the studies run pipelines; on all other floors rooms do not know their neighbours.
 NEIGHBOURS = {("studies", "pipeline")}

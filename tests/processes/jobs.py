@@ -126,11 +126,9 @@ def die_in_epoch(number: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, *rest = sys.argv[1:]
-    if name == "command":  # calibquant itself; --die-in-epoch N first
-        if rest[0] == "--die-in-epoch":
-            die_in_epoch(int(rest[1]))
-            rest = rest[2:]
-        sys.exit(main(rest))
+    if name == "dying":  # calibquant itself, until an epoch
+        die_in_epoch(int(rest[0]))
+        sys.exit(main(rest[1:]))
     out = Path(rest[0])
     with parallel.together():
         result = {job: JOBS[job](out.parent / job) for job in name.split(",")}

@@ -17,14 +17,16 @@ from jobs import JOBS
 from calibquant.zoo import build, save_weights
 
 JOB = Path(__file__).with_name("jobs.py")
+COMMAND = ("-m", "calibquant")
 FILES = ("model.safetensors", "graph.json", "record.json", "manifest.csv")
 
 
 def start(processes: int, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """jobs.py in so many processes; more than one are started by torchrun."""
+    """jobs.py, or with -m the command, in so many processes; more than one are started by torchrun."""
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *many, str(JOB), *arguments]
+    script = [] if arguments[0] == "-m" else [str(JOB)]
+    command = [sys.executable, *many, *script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300, check=False)
 
 
@@ -90,16 +92,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_job_that_lost_a_process_says_so_and_goes_on_to_the_same_end(recipe: Path) -> None:
     place = recipe.parent
-    whole = start(2, "command", "finetune", str(recipe), "runs=whole", cwd=place)
+    whole = start(2, *COMMAND, "finetune", str(recipe), "runs=whole", cwd=place)
     assert whole.returncode == 0, whole.stderr[:3000]
     assert whole.stdout.count("Run folder:") == 1
-    killed = start(2, "command", "--die-in-epoch", "1", "finetune", str(recipe), "runs=killed", cwd=place)
+    killed = start(2, "dying", "1", "finetune", str(recipe), "runs=killed", cwd=place)
     assert killed.returncode != 0
     told = " ".join(killed.stderr.split())
     # It notices by itself, or torchrun tells it first.
     assert re.search("process 0: (lost another process|was told to end: another process is lost), whose own", told)
     assert "start the job again with --resume" in told
-    again = start(2, "command", "finetune", "--resume", "killed/digits_resnet-w4a4-001", cwd=place)
+    again = start(2, *COMMAND, "finetune", "--resume", "killed/digits_resnet-w4a4-001", cwd=place)
     assert again.returncode == 0, again.stderr[:3000]
     assert "going on after epoch 1" in again.stdout
     for name in FILES:
@@ -108,9 +110,9 @@ def test_a_job_that_lost_a_process_says_so_and_goes_on_to_the_same_end(recipe: P
 
 
 def test_uneven_shares_and_other_commands_are_refused(recipe: Path) -> None:
-    done = start(2, "command", "finetune", str(recipe), "finetune.batch_size=75", "runs=refused", cwd=recipe.parent)
+    done = start(2, *COMMAND, "finetune", str(recipe), "finetune.batch_size=75", "runs=refused", cwd=recipe.parent)
     assert done.returncode != 0
     assert "finetune.batch_size: 75 images make no equal shares for 2 processes" in done.stderr
     assert not list((recipe.parent / "refused").glob("*"))
-    done = start(2, "command", "bench", "nothing", cwd=recipe.parent)
+    done = start(2, *COMMAND, "bench", "nothing", cwd=recipe.parent)
     assert "calibquant bench: is no work for several processes; start it without torchrun" in done.stderr
