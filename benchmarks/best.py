@@ -5,10 +5,10 @@
 DATA holds weights/, imagenet/ and cifar-10-batches-bin/. Studies: `table` (ResNet-20 at four settings), `others`
 (ResNet-20 with convolved shortcuts and ResNet-56 at W2A2 and W4A4), `time` (plain `qdrop`, for its seconds beside
 QDrop's code), `mechanisms` (W2A2, one mechanism after another), `large` (at W4A4, `best`, and its units without the
-network's stage, in the time that `qdrop` takes: MobileNetV2, and with --trained ResNet-18 trained on Imagenette),
-`integer` (the integer placement at W4A4, and its deploy.onnx). A cell is a run; what was done is kept below --runs, so
-that the same command goes on. --trained is the run of
-`calibquant train configs/train/resnet18-imagenette.yaml`.
+network's stage, in the time that `qdrop` takes for 500 iterations: MobileNetV2, and with --trained ResNet-18 trained on
+Imagenette), `short` (the same networks in the time of 100 iterations), `integer` (the integer placement at W4A4, and
+its deploy.onnx). A cell is a run; what was done is kept in the results, so that the same command goes on. --trained is
+the run of `calibquant train configs/train/resnet18-imagenette.yaml`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "+ changed images": ("preset=best", SHORT, *ALONE[:1], *ALONE[3:]),
     "+ temperature 2": ("preset=best", SHORT, *ALONE[:1]),
     "qdrop, 500 iterations of 8": ("preset=qdrop", SHORT, "reconstruct.rounding_lr=0.01"),
+    "best in the time of 100": ("preset=best",),
+    "qdrop, 100 iterations of 8": ("preset=qdrop", "reconstruct.iterations=100", "reconstruct.rounding_lr=0.01"),
 }
+LARGE = ("MobileNetV2", "ResNet-18, Imagenette")
 STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "table": (("ResNet-20",), ("W4A4", "W3A3", "W2A4", "W2A2"), ("fast", "best")),
     "others": (
@@ -85,8 +88,9 @@ STUDIES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "time": (("ResNet-20",), ("W4A4", "W2A2"), ("qdrop", "qdrop, bfloat16")),
     "mechanisms": (("ResNet-20",), ("W2A2",), ("qdrop, 500 iterations", *(v for v in VARIANTS if v[0] == "+"))),
-    "large": (("MobileNetV2", "ResNet-18, Imagenette"), ("W4A4",), 
+    "large": (LARGE, ("W4A4",), 
               ("qdrop, 500 iterations of 8", "best", "best, units alone")),
+    "short": (LARGE, ("W4A4",), ("qdrop, 100 iterations of 8", "best in the time of 100")),
     "integer": (("ResNet-20, integer",), ("W4A4",), ("best",)),
 }  # fmt: skip
 
@@ -108,7 +112,7 @@ class Cell:
         keys += [f"reconstruct.time={seconds}"] if seconds else []
         run = quantize(load_recipe(config, keys))
         metrics, agrees = run.metrics, None
-        if self.network in STUDIES["large"][0]:
+        if self.network in LARGE:
             recipe = load_recipe(config, keys)
             float_network = evaluate(build(recipe), open_set(recipe, "evaluation"))
             agrees = packed_bits(run.evaluation.predictions == float_network.predictions)
@@ -187,10 +191,14 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
 
 def tests_of(rows: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Large networks: whether `best` agrees on more images with the float network than `qdrop` does."""
-    networks, (setting,), (baseline, *others) = STUDIES["large"]
     tests = {(t["network"], t["setting"], t["a"]): t for t in known}
     found = {(cell_of(r)): unpacked_bits(r["agrees"], r["images"]) for r in rows if r.get("agrees")}
-    for network, variant in ((n, v) for n in networks for v in others):
+    compared = [
+        (network, setting, baseline, variant)
+        for networks, (setting,), (baseline, *others) in (STUDIES["large"], STUDIES["short"])
+        for network in networks for variant in others
+    ]  # fmt: skip
+    for network, setting, baseline, variant in compared:
         pairs = {
             cell.seed: (found[cell], found[other]) for cell in found
             if (cell.network, cell.variant) == (network, variant)
@@ -230,7 +238,7 @@ def main() -> None:
                 if skip or cell in map(cell_of, rows):
                     continue
                 same = [r["seconds"] for r in rows if cell_of(r) == Cell(cell.network, cell.setting, variants[0], seed)]
-                seconds = same[0] if study == "large" and cell.variant != variants[0] else None
+                seconds = same[0] if study in ("large", "short") and cell.variant != variants[0] else None
                 rows.append(cell.run(given, seconds))
                 order = [*NETWORKS], [*VARIANTS]
                 rows.sort(key=lambda r: (order[0].index(r["network"]), r["setting"], order[1].index(r["variant"])))
