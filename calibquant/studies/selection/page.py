@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from calibquant.studies.selection.planning import SHIFTS
+
 WORDS = {"top1": "top-1 %", "agreement": "agreement %", "worst_class": "worst class %"}
 
 
@@ -39,7 +41,7 @@ def _facts(result: dict[str, Any]) -> str:
     top1 = result["float_top1"]
     return (
         f"Draws {', '.join(map(str, result['draws']))} of {result['pool']} candidates; seeds "
-        f"{', '.join(map(str, result['seeds']))}; candidates: {result['shift']} shift; boundary {result['boundary']}; "
+        f"{', '.join(map(str, result['seeds']))}; {SHIFTS[result['shift']]}; boundary {result['boundary']}; "
         f"placement {result['placement']}; reconstruction {learned}; {result['images']} evaluation images"
         + ("" if top1 is None else f"; float top-1 {100 * top1:.2f} %") + "."
     )  # fmt: skip
@@ -94,7 +96,7 @@ def figure_png(result: dict[str, Any]) -> bytes:
         axes.set_xticks(result["sizes"], [str(size) for size in result["sizes"]])
         axes.set_xlabel("calibration images")
         axes.set_ylabel(WORDS[measure])
-        axes.set_title(f"{setting.upper()}, candidates: {result['shift']} shift", fontsize=9)
+        axes.set_title(f"{setting.upper()}, {SHIFTS[result['shift']]}", fontsize=9)
     figure.axes[0].legend(fontsize=7)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
