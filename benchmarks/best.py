@@ -192,7 +192,7 @@ def text_of(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
 def tests_of(rows: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Large networks: whether `best` agrees on more images with the float network than `qdrop` does."""
     tests = {(t["network"], t["setting"], t["a"]): t for t in known}
-    found = {(cell_of(r)): unpacked_bits(r["agrees"], r["images"]) for r in rows if r.get("agrees")}
+    found = {cell_of(r): unpacked_bits(r["agrees"], r["images"]) for r in rows if r.get("agrees")}
     compared = [
         (network, setting, baseline, variant)
         for networks, (setting,), (baseline, *others) in (STUDIES["large"], STUDIES["short"])
