@@ -1,6 +1,6 @@
 """Grids beyond uniform: weights of ResNet-20 at 1 to 4 bits with reconstruction, NUQ on 8-bit networks, activations.
 
-    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq activations] [--seeds 1005 …]
+    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq activations] [--seeds …] [--grids …]
 
 DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: what `calibquant compare --methods fast --grids` runs,
 with activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel.
@@ -72,7 +72,7 @@ def run_of(network: str, given: Any, keys: list[str]) -> Run:
 def few_bits(given: Any, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """A row for each setting and grid, with the top-1 of each seed."""
     found = {(row["setting"], row["grid"]): row for row in rows}
-    for bits, seed, grid in ((b, s, g) for b in given.bits for s in given.seeds for g in GRIDS):
+    for bits, seed, grid in ((b, s, g) for b in given.bits for s in given.seeds for g in given.grids):
         setting = f"W{bits}A16"
         if not has_bits(grid.partition(",")[0], bits) or str(seed) in found.get((setting, grid), {"top1": {}})["top1"]:
             continue
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=[*STUDIES], default=[*STUDIES])
     parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
+    parser.add_argument("--grids", nargs="+", choices=[*GRIDS], default=[*GRIDS])
     given = parser.parse_args()
     path = common.RESULTS / "grids.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
