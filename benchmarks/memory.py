@@ -36,6 +36,10 @@ CASES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "ResNet-20, qdrop": (
         "resnet20-cifar10.yaml", "resnet20-12fca82f.th", ".", ("export.onnx=false", *RECONSTRUCTED),
     ),
+    "ResNet-20, trained further for 20 steps": (
+        "qat/resnet20-w4a4.yaml", "resnet20-12fca82f.th", "cifar-10-batches-bin",
+        ("export.onnx=false", "reconstruct.method=none", "evaluation.count=500", "finetune.iterations=20"),
+    ),
     "MobileNetV2, nearest": (
         "mobilenetv2-imagenet.yaml", "mobilenetv2_tf_1.0_224_fp32.pt", "imagenet", ("calibration.count=64", *IMAGENET),
     ),

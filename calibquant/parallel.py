@@ -82,9 +82,14 @@ def reduced_precision(device: torch.device | str, precision: str) -> torch.autoc
         device: where.
         precision: float32, bfloat16, or auto: bfloat16 where the processor computes with it.
     """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=in_bfloat16(device, precision))
+
+
+def in_bfloat16(device: torch.device | str, precision: str) -> bool:
+    """Whether `reduced_precision` computes in bfloat16."""
     kind = torch.device(device).type
     fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and _cpu_has_bfloat16()
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and fast))
+    return precision == "bfloat16" or (precision == "auto" and fast)
 
 
 @cache

@@ -42,8 +42,6 @@ def quantize(
         loaded = load_recipe(recipe, given)  # type: ignore[arg-type]
         if dry_run:
             _show_plan(pipeline.dry_run(loaded), json)
-            if loaded.finetune is not None and not json:
-                console.out.print("The training that the section finetune asks for comes on top of this time.")
             return
         with console.reporting(json) as reporter:
             run = pipeline.quantize(loaded, reporter=reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,12 +12,16 @@ from torch import nn
 from calibquant.data import ImageSet, batches
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.memory import peak_bytes
-from calibquant.pipeline.preparing import prepare
+from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.pipeline.stages import learns, rounds
 from calibquant.quantization import QuantModel, make_plan
 from calibquant.quantization.sensitivity import free_tensors
 from calibquant.recipe import Recipe
 from calibquant.reconstruction.phases import phases
+from calibquant.training import hold_out, steps_of
+
+# Measured shares: one image through an observer, a quantized network, a training step; in passes of the float network.
+OBSERVED, QUANTIZED, LEARNED, TRAINED = 3, 3, 5.5, 2.5
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def dry_run(
     model = QuantModel(prepared.teacher, make_plan(prepared.teacher, recipe.quant), dynamic)
     timed = min(16, len(prepared.images))
     example = next(batches(prepared.images.subset(range(timed)), timed)).images
-    memory = peak_bytes(recipe, model, prepared.mount, example, len(prepared.images), device)
+    training = _training(recipe, calibration)
+    memory = peak_bytes(recipe, model, prepared.mount, example, len(prepared.images), training.images, device)
     with torch.inference_mode():
         begin = time.perf_counter()
         prepared.mount(prepared.teacher)(example)
@@ -67,19 +73,47 @@ def dry_run(
     evaluation = prepared.evaluation if prepared.evaluation is not None else prepared.images
     evaluated = min(recipe.evaluation.count or len(evaluation), len(evaluation))
     observed = 0 if dynamic else min(recipe.calibration.range_count or len(prepared.images), len(prepared.images))
-    # Measured shares: an observer costs about 3 forward passes, a quantized pass about 3 float ones.
-    seconds = per_image * (observed * 4 + evaluated * (1 + 3))
+    seconds = per_image * (observed * (1 + OBSERVED) + evaluated * (1 + QUANTIZED))
     settings = recipe.reconstruct
     if rounds(recipe):
         seconds += 10 * per_image * len(prepared.images)  # measured on ResNet-20: features, moments, solutions
     if learns(recipe):
-        # Measured share: a step of every unit costs about 5.5 float passes over its batch, one of the network as many.
         for phase in phases(settings):
             size = settings.network.batch_size if phase.name == "network" else settings.batch_size
-            seconds += 5.5 * per_image * size * phase.iterations
+            seconds += LEARNED * per_image * size * phase.iterations
+    if recipe.finetune is not None:
+        seconds += per_image * (TRAINED * training.passed + QUANTIZED * (training.looked_at + evaluated))
     mixed, free = recipe.quant.mixed, 0
     if mixed is not None:
         free = len(free_tensors(model.plan, mixed.tensors == "both"))
         passes = 3 if mixed.sensitivity in ("gradient", "fisher") else free * len(mixed.choices)
         seconds += per_image * mixed.images * passes
     return DryRun(model, len(prepared.images), seconds, memory, free)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How much `finetune` does.
+
+    Args:
+        images: it learns from so many.
+        passed: images of all steps together.
+        looked_at: images held out, of all looks at them together.
+    """
+
+    images: int = 0
+    passed: int = 0
+    looked_at: int = 0
+
+
+def _training(recipe: Recipe, calibration: ImageSet | None) -> _Training:
+    settings = recipe.finetune
+    if settings is None:
+        return _Training()
+    images = open_set(recipe, "calibration") if calibration is None else calibration
+    learned, held = hold_out(images, settings.holdout, recipe.seed)
+    batch = min(settings.batch_size, len(learned))
+    per_epoch = max(1, len(learned) // batch)
+    steps = steps_of(settings, per_epoch)
+    looks = 1 + math.ceil(steps / per_epoch / settings.evaluate_every)
+    return _Training(len(learned), steps * batch, 0 if held is None else looks * len(held))

@@ -5,20 +5,22 @@ The shares of the stages are measured (benchmarks/results/memory.md); expect the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
 
 from calibquant.evaluation.evaluate import MOST_AT_ONCE
-from calibquant.graph import Unit, units
+from calibquant.graph import Unit, units, whole_network
 from calibquant.graph.watching import Watched
-from calibquant.parallel import images_at_once
+from calibquant.parallel import images_at_once, in_bfloat16
 from calibquant.pipeline.stages import rounds
 from calibquant.quantization import QuantModel
-from calibquant.recipe import Recipe
+from calibquant.recipe import AugmentRecipe, Recipe
 from calibquant.reconstruction.network import BATCH, planned_units
 from calibquant.reconstruction.phases import phases
+from calibquant.training.source import kept_bytes
 
 PARAMETERS = 3  # copies: the user's network, the teacher, and codes with what is dequantized for a layer
 QUANTIZING = 3  # values of the size of a tensor that exist while it is quantized or observed
@@ -32,6 +34,7 @@ def peak_bytes(
     mount: Callable[[nn.Module], nn.Module],
     images: Tensor,
     n: int,
+    trained: int,
     device: torch.device,
 ) -> int:
     """Bytes held at the run's most demanding moment, beside those of torch itself.
@@ -45,6 +48,7 @@ def peak_bytes(
         mount: puts a part of the network where images reach it.
         images: some calibration images, (N, C, H, W) float32.
         n: how many calibration images there are.
+        trained: from how many images `finetune` learns.
         device: where the network will run.
     """
     graph, settings = model.teacher.graph, recipe.reconstruct
@@ -67,8 +71,14 @@ def peak_bytes(
         # The images are held as they are, and in all versions also on the grid of the input's quantizer.
         held = (2 * views + (views > 1)) * n * images[0].numel() * images.element_size()
         stages.append(held + int(min(features, settings.cache_limit * 1e9)) + max(busy))
-    parameters = sum(value.numel() * value.element_size() for value in model.teacher.buffers())
-    return int(SCATTERED * (PARAMETERS * parameters + max(stages)))
+    parameters = PARAMETERS * sum(value.numel() * value.element_size() for value in model.teacher.buffers())
+    needed, training = SCATTERED * (parameters + max(stages)), recipe.finetune
+    if training is not None:  # its steps are all alike, so that what is freed fits what comes
+        stored = kept_bytes(trained, images, recipe.data.augment or AugmentRecipe())
+        at_once = math.ceil(min(training.batch_size, trained) / training.accumulate)
+        step = at_once * (passing + learning_bytes(model, whole_network(graph), sizes))
+        needed = max(needed, parameters + stored + step / (2 if in_bfloat16(device, training.precision) else 1))
+    return int(needed)
 
 
 def value_bytes(teacher: fx.GraphModule, mount: Callable[[nn.Module], nn.Module], image: Tensor) -> dict[str, int]:

@@ -93,12 +93,16 @@ def open_source(
         raise DataError(
             images.name(int(unknown[0])), "has no label", "train on images in class folders, or with labels"
         )
-    stored = None
-    if augment.scale is None:
-        example = next(batches(images, 1)).images
-        if len(images) * example.nbytes <= IN_MEMORY:
-            images, stored = _decode(images, example, device)
+    stored, example = None, next(batches(images, 1)).images
+    if kept_bytes(len(images), example, augment):
+        images, stored = _decode(images, example, device)
     return Source(images, augment, preprocess, min(batch_size, len(images)), seed, device, stored)
+
+
+def kept_bytes(count: int, example: Tensor, augment: AugmentRecipe) -> int:
+    """Bytes of so many images like the first of `example` where they are kept in memory; 0 where they are not."""
+    size = count * example[0].nbytes
+    return size if augment.scale is None and size <= IN_MEMORY else 0
 
 
 def _decode(images: ImageSet, example: Tensor, device: torch.device) -> tuple[ImageSet, tuple[Tensor, Tensor]]:

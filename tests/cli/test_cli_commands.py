@@ -117,6 +117,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     )
     assert learning["estimated_seconds"] > 5 * plan["estimated_seconds"]  # 2,000 steps of 32 images a unit
     assert learning["estimated_peak_bytes"] > plan["estimated_peak_bytes"]
+    long = json.loads(command("quantize", "recipe.yaml", "--dry-run", "--json", "finetune.epochs=500"))
+    assert long["estimated_seconds"] > 5 * plan["estimated_seconds"]
+    assert long["estimated_peak_bytes"] > plan["estimated_peak_bytes"]
     done = json.loads(command("quantize", "recipe.yaml", "--json"))
     assert done["coverage"] == plan["coverage"]
     assert {k: v for k, v in done["size"].items() if k not in OF_FILES} == plan["size"]
