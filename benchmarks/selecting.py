@@ -140,7 +140,7 @@ def text_of(facts: dict[str, Any]) -> str:
             + common.table(["strategy", *(f"of {size:,}" for size in SIZES)], body)
             + f"\nScoring included; peak memory of the process, torch included; {facts['threads']} thread(s).\n\n"
         )
-    if facts.get("sets"):
+    if len(facts.get("sets", [])) > 2:
         from scipy.stats import spearmanr
 
         rows = sorted(facts["sets"], key=lambda r: -r["top1"])
@@ -157,10 +157,16 @@ def text_of(facts: dict[str, Any]) -> str:
     return text
 
 
-def write(new: dict[str, Any]) -> None:
+def stored() -> dict[str, Any]:
+    """What the results have."""
     path = common.RESULTS / "selecting.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    facts = {key: stored[key] for key in ("cost", "sets", "bad", "threads") if key in stored} | new
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return facts
+
+
+def write(new: dict[str, Any]) -> None:
+    known = stored()
+    facts = {key: known[key] for key in ("cost", "sets", "bad", "threads") if key in known} | new
     common.write("selecting", "python benchmarks/selecting.py --data DATA", facts, text_of(facts))
 
 
@@ -173,15 +179,14 @@ def main() -> None:
         print(json.dumps(cost(given.child[0], int(given.child[1]), given)))
         return
     if "cost" in given.studies:
-        rows: list[dict[str, Any]] = []
-        for size in SIZES:
-            for strategy in STRATEGIES:
+        known = stored()
+        rows = known.get("cost", []) if known.get("threads") == given.threads else []
+        for size, strategy in ((size, strategy) for size in SIZES for strategy in STRATEGIES):
+            if not any((r["strategy"], r["size"]) == (strategy, size) for r in rows):
                 rows.append(child(strategy, size, given))
                 write({"cost": rows, "threads": given.threads})
     if "judge" in given.studies:
-        path = common.RESULTS / "selecting.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        write(judged(given, known))
+        write(judged(given, stored()))
 
 
 if __name__ == "__main__":
