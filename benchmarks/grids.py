@@ -1,6 +1,6 @@
 """Grids beyond uniform: weights of ResNet-20 at 1 to 4 bits with reconstruction, NUQ on 8-bit networks, activations.
 
-    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits nuq activations] [--seeds …] [--grids …]
+    OMP_NUM_THREADS=1 python benchmarks/grids.py --data DATA [--studies bits …] [--bits 2 …] [--grids …] [--preset best]
 
 DATA holds weights/, cifar-10-batches-bin/ and imagenet/. `bits`: what `calibquant compare --methods fast --grids` runs,
 with activations of 16 bits; codebooks also clustered by second-order sensitivity, and with levels for each channel.
@@ -35,7 +35,7 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "ternary": ("quant.weights.grid=ternary",),
     "binary": ("quant.weights.grid=binary",),
 }
-BASELINE = "uniform"
+BASELINE, PRESET = "uniform", "fast"
 ACTIVATION_GRIDS = ("uniform", "codebook", "apot", "power-of-two")
 ACTIVATION_BITS = {"ResNet-20": (4, 3, 2), "MobileNetV2": (4,)}
 ONE_DRAW = ("calibration.strategy=first", "quant.placement=academic", "quant.boundary=qdrop", "export.onnx=false")
@@ -73,10 +73,10 @@ def few_bits(given: Any, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, 
     """A row for each setting and grid, with the top-1 of each seed."""
     found = {(row["setting"], row["grid"]): row for row in rows}
     for bits, seed, grid in ((b, s, g) for b in given.bits for s in given.seeds for g in given.grids):
-        setting = f"W{bits}A16"
+        setting = f"W{bits}A16" + ("" if given.preset == PRESET else f", {given.preset}")
         if not has_bits(grid.partition(",")[0], bits) or str(seed) in found.get((setting, grid), {"top1": {}})["top1"]:
             continue
-        own = ["preset=fast", f"quant.weights.bits={bits}", "quant.activations.bits=16", f"seed={seed}"]
+        own = [f"preset={given.preset}", f"quant.weights.bits={bits}", "quant.activations.bits=16", f"seed={seed}"]
         metrics = run_of("ResNet-20", given, [*ONE_DRAW, *own, *GRIDS[grid]]).metrics
         row = found.setdefault((setting, grid), {
             "setting": setting, "grid": grid, "weight_bits": metrics["size"]["weight_bits"],
@@ -173,8 +173,8 @@ def bits_text(rows: list[dict[str, Any]]) -> str:
                      f"{row['bytes']:,}", against])  # fmt: skip
     header = ["setting", "grid", "seeds", "top-1 %", "bits a weight", "bytes", "against uniform"]
     return common.table(header, body) + (
-        f"\nFloat top-1 {100 * rows[0]['float_top1']:.2f} %. Preset `fast`, the first 1,024 training images, "
-        "placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against uniform levels: mean "
+        f"\nFloat top-1 {100 * rows[0]['float_top1']:.2f} %. Preset `fast` where none is named, the first 1,024 training "
+        "images, placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against uniform levels: mean "
         "difference in points with its 95 % interval over the seeds, and whether that excludes 0.\n\n![](grids.png)\n\n"
     )
 
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=[*STUDIES], default=[*STUDIES])
     parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1005, 1006, 1007])
+    parser.add_argument("--preset", choices=[PRESET, "best"], default=PRESET, help="of the study bits")
     parser.add_argument("--grids", nargs="+", choices=[*GRIDS], default=[*GRIDS])
     given = parser.parse_args()
     path = common.RESULTS / "grids.json"
