@@ -173,9 +173,10 @@ def bits_text(rows: list[dict[str, Any]]) -> str:
                      f"{row['bytes']:,}", against])  # fmt: skip
     header = ["setting", "grid", "seeds", "top-1 %", "bits a weight", "bytes", "against uniform"]
     return common.table(header, body) + (
-        f"\nFloat top-1 {100 * rows[0]['float_top1']:.2f} %. Preset `fast` where none is named, the first 1,024 training "
-        "images, placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against uniform levels: mean "
-        "difference in points with its 95 % interval over the seeds, and whether that excludes 0.\n\n![](grids.png)\n\n"
+        f"\nFloat top-1 {100 * rows[0]['float_top1']:.2f} %. Preset `fast` where none is named, the first 1,024 "
+        "training images, placement `academic`, boundary `qdrop` (8 bits at both ends), 5,000 test images. Against "
+        "uniform levels: mean difference in points with its 95 % interval over the seeds, and whether that excludes "
+        "0.\n\n![](grids.png)\n\n"
     )
 
 
