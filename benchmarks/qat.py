@@ -43,20 +43,21 @@ def measure(name: str, seed: int, given: Any) -> dict[str, Any]:
 
 
 def text_of(rows: list[dict[str, Any]]) -> str:
-    header = ["recipe", "seed", "epochs", "top-1 % before", "after", "below float", "agreement %", "deploy.onnx",
-              "decides alike %"]  # fmt: skip
+    header = ["recipe", "seed", "epochs", "of images", "top-1 % before", "after", "below float", "agreement %",
+              "deploy.onnx", "decides alike %"]  # fmt: skip
     body = []
     for row in rows:
         percents = (row["before"], row["after"], row["float"] - row["after"], row["agreement"], row["deployed"],
                     row["decides_alike"])  # fmt: skip
-        name = f"qat/resnet20-{row['recipe']}"
-        body.append([name, str(row["seed"]), str(len(row["epochs"])), *(f"{100 * p:.2f}" for p in percents)])
+        facts = f"qat/resnet20-{row['recipe']}", f"{row['seed']}", f"{len(row['epochs'])}", f"{row['images']:,}"
+        body.append([*facts, *(f"{100 * p:.2f}" for p in percents)])
     first = rows[0]
     return common.table(header, body) + (
-        f"\nFloat top-1 {100 * first['float']:.2f} %; {first['count']:,} test images, {first['images']:,} training "
-        f"images; boundary `{first['boundary']}`, placement `{first['placement']}`. Before: what "
-        "calibration, or reconstruction with `fast`, gives. deploy.onnx: its top-1 in ONNX Runtime, and on how many "
-        "images it decides as the simulation. What a step costs: scaling.md.\n"
+        f"\nFloat top-1 {100 * first['float']:.2f} %; {first['count']:,} test images; boundary "
+        f"`{first['boundary']}`, placement `{first['placement']}`. Where fewer than 50,000 training images are learned "
+        "from, the others choose the epoch. Before: what calibration, or reconstruction with `fast`, gives. "
+        "deploy.onnx: its top-1 in ONNX Runtime, and on how many images it decides as the simulation. What a step "
+        "costs: scaling.md.\n"
     )
 
 
