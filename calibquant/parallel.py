@@ -86,7 +86,7 @@ def reduced_precision(device: torch.device | str, precision: str) -> torch.autoc
 
 
 def in_bfloat16(device: torch.device | str, precision: str) -> bool:
-    """Whether `reduced_precision` computes in bfloat16."""
+    """Whether `reduced_precision` of the same arguments computes in bfloat16."""
     kind = torch.device(device).type
     fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and _cpu_has_bfloat16()
     return precision == "bfloat16" or (precision == "auto" and fast)

@@ -19,6 +19,7 @@ from calibquant.quantization.sensitivity import free_tensors
 from calibquant.recipe import Recipe
 from calibquant.reconstruction.phases import phases
 from calibquant.training import hold_out, steps_of
+from calibquant.training.source import steps_per_epoch
 
 # Measured shares: one image through an observer, a quantized network, a training step; in passes of the float network.
 OBSERVED, QUANTIZED, LEARNED, TRAINED = 3, 3, 5.5, 2.5
@@ -64,7 +65,7 @@ def dry_run(
     model = QuantModel(prepared.teacher, make_plan(prepared.teacher, recipe.quant), dynamic)
     timed = min(16, len(prepared.images))
     example = next(batches(prepared.images.subset(range(timed)), timed)).images
-    training = _training(recipe, calibration)
+    training = planned_training(recipe, calibration)
     memory = peak_bytes(recipe, model, prepared.mount, example, len(prepared.images), training.images, device)
     with torch.inference_mode():
         begin = time.perf_counter()
@@ -92,7 +93,7 @@ def dry_run(
 
 
 @dataclass(frozen=True)
-class _Training:
+class PlannedTraining:
     """How much `finetune` does.
 
     Args:
@@ -106,14 +107,19 @@ class _Training:
     looked_at: int = 0
 
 
-def _training(recipe: Recipe, calibration: ImageSet | None) -> _Training:
+def planned_training(recipe: Recipe, calibration: ImageSet | None = None) -> PlannedTraining:
+    """What the recipe's `finetune` asks for, of its images or of those given; nothing without that section.
+
+    Raises:
+        CalibQuantError: as `open_set`.
+    """
     settings = recipe.finetune
     if settings is None:
-        return _Training()
+        return PlannedTraining()
     images = open_set(recipe, "calibration") if calibration is None else calibration
     learned, held = hold_out(images, settings.holdout, recipe.seed)
     batch = min(settings.batch_size, len(learned))
-    per_epoch = max(1, len(learned) // batch)
+    per_epoch = steps_per_epoch(len(learned), batch)
     steps = steps_of(settings, per_epoch)
     looks = 1 + math.ceil(steps / per_epoch / settings.evaluate_every)
-    return _Training(len(learned), steps * batch, 0 if held is None else looks * len(held))
+    return PlannedTraining(len(learned), steps * batch, 0 if held is None else looks * len(held))

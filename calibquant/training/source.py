@@ -44,7 +44,7 @@ class Source:
     @property
     def steps(self) -> int:
         """Batches in an epoch; images beyond the last full batch are left out, others in each epoch."""
-        return max(1, len(self.images) // self.batch_size)
+        return steps_per_epoch(len(self.images), self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch: images (N, C, H, W) float32 and labels (N,) int64.
@@ -66,6 +66,11 @@ class Source:
         draws = epoch_draws(len(images), self.seed, epoch).to(self.device)
         for chosen in torch.from_numpy(order).to(self.device).split(len(mine)):
             yield augment(images[chosen], draws[chosen], self.augment, self.preprocess), labels[chosen]
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Full batches of so many images, at least one."""
+    return max(1, images // batch_size)
 
 
 def open_source(

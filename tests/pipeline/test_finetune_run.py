@@ -17,6 +17,7 @@ from calibquant.data import TensorImages
 from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.pipeline import resume
 from calibquant.pipeline.deployed import evaluate_onnx
+from calibquant.pipeline.dry_run import PlannedTraining, planned_training
 from calibquant.recipe import load_recipe, make_recipe
 
 FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "deploy.onnx")
@@ -55,6 +56,20 @@ def test_training_helps_and_tells_before_and_after(start: calibquant.Run, tuned:
     assert (told["training_images"], told["held_out_images"], told["processes"]) == (1080, 120, 1)
     assert tuned.metrics["started_from"] == str(start.folder)
     assert tuned.folder.name == "digits_resnet-w2a2-qat-001"
+
+
+@pytest.mark.parametrize(
+    ("keys", "passed", "looks"),
+    [([], 2 * 22 * 48, 3), (["finetune.iterations=30"], 30 * 48, 3), (["finetune.evaluate_every=2"], 2 * 22 * 48, 2)],
+    ids=["epochs", "steps", "fewer looks"],
+)
+def test_a_dry_run_counts_what_the_training_does(
+    recipe: dict[str, Any], tuned: calibquant.Run, keys: list[str], passed: int, looks: int
+) -> None:
+    """1,080 images make 22 full batches of 48; the start and the end of each epoch are looked at on 120 others."""
+    planned = planned_training(make_recipe(recipe, [*SHORT, *keys]))
+    assert planned == PlannedTraining(1080, passed, looks * 120)
+    assert planned.images == tuned.metrics["finetune"]["training_images"]
 
 
 def test_the_result_is_an_artifact_like_any_other(start: calibquant.Run, tuned: calibquant.Run) -> None:
