@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import nn
@@ -15,6 +17,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
+from calibquant.metrics import mcnemar
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import learned_preprocess, open_set
 from calibquant.pipeline.reporting import log, note
@@ -39,7 +42,10 @@ from calibquant.training import (
 
 STATE = "checkpoint-finetune.json"  # names the file of the state after the last complete epoch
 START = "checkpoint-start.json"  # plan of the run that is trained further, for a run that goes on
+CHANCE = 0.05  # McNemar's p-value below which the start is better than what training made of it
 SOME = 64  # images on which the size of the units' values is measured
+
+Decisions = npt.NDArray[np.bool_]  # of each image whether it is right, (N,)
 
 
 def adopt_plan(folder: RunFolder, start: Path) -> None:
@@ -77,7 +83,7 @@ def adopt(job: Job, start: Path) -> None:
 def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     """Train the quantized network as the recipe says, with a checkpoint in the folder after each epoch.
 
-    With images held out the epoch that does best on them is kept, which may be the start.
+    With images held out the epoch that does best on them is kept, or the start where that is better beyond chance.
 
     Raises:
         CalibQuantError: the images have no labels, or the loss diverges.
@@ -89,24 +95,27 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     with job.steps.begin("finetune", _title(settings, source, held)):
         judge = None if held is None else _judge(job, held)
         first = None if judge is None else judge(job.model)
+        accuracy = None if judge is None else lambda network: float(judge(network).mean())
         training = begin_finetuning(job.model, settings)
         images = fingerprint(source.images)
         if load_training(folder, training, images, STATE):
             note(job.reporter, f"going on after epoch {len(training.reports)}")
-        kept = _fit(job, folder, training, source, settings, judge, images)
-        best = max((r.accuracy for r in training.reports if r.accuracy is not None), default=None)
-        result = artifact_tensors(finished(training, kept))
-        helped = first is None or best is None or best >= first
-        restore(job.model, result if helped else before)
+        kept = _fit(job, folder, training, source, settings, accuracy, images)
+        restore(job.model, artifact_tensors(finished(training, kept)))
         job.model.to(job.device)
-        if not helped:
-            note(job.reporter, "no epoch did better than the start on the images held out: rolled back")
-        if helped and settings.batch_norm == "reestimated":
+        last = None if judge is None else judge(job.model)
+        worse = first is not None and last is not None and harmed(first, last)
+        if worse:
+            restore(job.model, before)
+            job.model.to(job.device)
+            note(job.reporter, "the start does better than any epoch on the images held out: rolled back")
+        elif settings.batch_norm == "reestimated":
             _reestimate(job, folder)
     job.facts["finetune"] |= {
-        "held_out_before": first,
-        "kept": helped,
-        "best_epoch": training.best_epoch if helped else 0,
+        "held_out_before": None if first is None else float(first.mean()),
+        "held_out_after": None if last is None else float(last.mean()),
+        "kept": not worse,
+        "best_epoch": 0 if worse else training.best_epoch,
         "training_images": len(source.images),
         "held_out_images": 0 if held is None else len(held),
         "processes": parallel.world(),
@@ -120,7 +129,7 @@ def _fit(
     training: Training,
     source: Source,
     settings: FinetuneRecipe,
-    judge: Callable[[nn.Module], float] | None,
+    accuracy: Callable[[nn.Module], float] | None,
     images: str,
 ) -> nn.Module:
     def save(now: Training) -> None:
@@ -130,7 +139,7 @@ def _fit(
     some = next(source.epoch(0))[0][:SOME]
     try:
         objective = Distillation(job.model, settings, some)
-        return fit(training, source, settings, objective, judge, save, job.reporter.progress)
+        return fit(training, source, settings, objective, accuracy, save, job.reporter.progress)
     except ModelError as error:
         run = final_path(folder.path)
         mend = (
@@ -152,15 +161,24 @@ def _open(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[Source, Image
     return source, held
 
 
-def _judge(job: Job, held: ImageSet) -> Callable[[nn.Module], float]:
-    """Accuracy on the images held out; without labels, agreement with the float network."""
+def harmed(before: Decisions, after: Decisions) -> bool:
+    """Whether fewer decisions are right after training, by more than chance.
+
+    The float network has often learned the images held out by heart; a quantized one begins with what is left of that,
+    and may lose an image or two of them while it gets better at others.
+    """
+    return bool(after.mean() < before.mean()) and mcnemar(before, after) < CHANCE
+
+
+def _judge(job: Job, held: ImageSet) -> Callable[[nn.Module], Decisions]:
+    """Which images held out a network decides rightly; without labels, as the float network does."""
     size, device = job.recipe.evaluation.batch_size, job.device
     unknown = bool((held.labels() < 0).any())
     reference = evaluate(job.model.teacher, held, size, device=device).predictions if unknown else None
 
-    def judge(network: nn.Module) -> float:
-        scores = evaluate(network.eval(), held, size, reference=reference, device=device).scores
-        return (scores.agreement if unknown else scores.top1) or 0.0
+    def judge(network: nn.Module) -> Decisions:
+        found = evaluate(network.eval(), held, size, device=device)
+        return found.predictions == (found.labels if reference is None else reference)
 
     return judge
 

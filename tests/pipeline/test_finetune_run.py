@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_training_run import DIGITS, StopAt
@@ -18,6 +19,7 @@ from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.pipeline import resume
 from calibquant.pipeline.deployed import evaluate_onnx
 from calibquant.pipeline.dry_run import PlannedTraining, planned_training
+from calibquant.pipeline.finetuning import harmed
 from calibquant.recipe import load_recipe, make_recipe
 
 FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "deploy.onnx")
@@ -52,6 +54,7 @@ def test_training_helps_and_tells_before_and_after(start: calibquant.Run, tuned:
     assert tuned.metrics["quantized"]["top1"] > start.metrics["quantized"]["top1"] + 0.02
     assert [row["epoch"] for row in told["epochs"]] == [1, 2]
     assert told["kept"]
+    assert told["held_out_after"] == max(row["accuracy"] for row in told["epochs"])
     assert told["best_epoch"] in (1, 2)
     assert (told["training_images"], told["held_out_images"], told["processes"]) == (1080, 120, 1)
     assert tuned.metrics["started_from"] == str(start.folder)
@@ -110,11 +113,23 @@ def test_interrupted_in_any_epoch_it_ends_with_the_same_bytes(
     assert not list(again.folder.glob("checkpoint*"))
 
 
-def test_what_does_no_better_on_the_images_held_out_is_rolled_back(start: calibquant.Run) -> None:
+@pytest.mark.parametrize(
+    ("lost", "won", "expected"),
+    [(5, 0, False), (6, 0, True), (20, 10, False), (22, 10, False), (25, 10, True), (0, 20, False)],
+)  # two-sided binomial tests: 2 / 2^5 = 0.0625, 2 / 2^6 = 0.031; 0.10, 0.050 and 0.017 by scipy's and R's binom.test
+def test_training_harms_if_more_images_are_lost_than_chance_would(lost: int, won: int, expected: bool) -> None:
+    both = [True] * 50
+    assert harmed(np.array([True] * lost + [False] * won + both), np.array([False] * lost + [True] * won + both)) == (
+        expected
+    )
+
+
+def test_what_is_clearly_worse_on_the_images_held_out_is_rolled_back(start: calibquant.Run) -> None:
     keys = ["finetune.iterations=1", "finetune.batch_size=48", "finetune.holdout=0.1", "finetune.lr=0.5"]
     tuned = calibquant.finetune(start.folder, keys)
     assert not tuned.metrics["finetune"]["kept"]
     assert tuned.metrics["finetune"]["best_epoch"] == 0
+    assert tuned.metrics["finetune"]["held_out_after"] < tuned.metrics["finetune"]["held_out_before"]
     assert tuned.metrics["quantized"] == start.metrics["quantized"]
 
 
