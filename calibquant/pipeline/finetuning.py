@@ -43,7 +43,7 @@ from calibquant.training import (
 STATE = "checkpoint-finetune.json"  # names the file of the state after the last complete epoch
 START = "checkpoint-start.json"  # plan of the run that is trained further, for a run that goes on
 CHANCE = 0.05  # McNemar's p-value below which the start is better than what training made of it
-SOME = 64  # images on which the size of the units' values is measured
+SOME = 64  # calibration images on which the size of values is measured
 
 Decisions = npt.NDArray[np.bool_]  # of each image whether it is right, (N,)
 
@@ -96,11 +96,12 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
         judge = None if held is None else _judge(job, held)
         first = None if judge is None else judge(job.model)
         accuracy = None if judge is None else lambda network: float(judge(network).mean())
-        training = begin_finetuning(job.model, settings)
+        some = next(job.prepared.inputs(SOME, SOME)).to(job.device)
+        training = begin_finetuning(job.model, settings, some)
         images = fingerprint(source.images)
         if load_training(folder, training, images, STATE):
             note(job.reporter, f"going on after epoch {len(training.reports)}")
-        kept = _fit(job, folder, training, source, settings, accuracy, images)
+        kept = _fit(job, folder, training, source, Distillation(job.model, settings, some), accuracy, images)
         restore(job.model, artifact_tensors(finished(training, kept)))
         job.model.to(job.device)
         last = None if judge is None else judge(job.model)
@@ -128,7 +129,7 @@ def _fit(
     folder: RunFolder,
     training: Training,
     source: Source,
-    settings: FinetuneRecipe,
+    objective: Distillation,
     accuracy: Callable[[nn.Module], float] | None,
     images: str,
 ) -> nn.Module:
@@ -136,10 +137,8 @@ def _fit(
         log.info("%s", line_of(now.reports[-1]))
         save_training(folder, now, images, STATE)
 
-    some = next(source.epoch(0))[0][:SOME]
     try:
-        objective = Distillation(job.model, settings, some)
-        return fit(training, source, settings, objective, accuracy, save, job.reporter.progress)
+        return fit(training, source, objective.settings, objective, accuracy, save, job.reporter.progress)
     except ModelError as error:
         run = final_path(folder.path)
         mend = (

@@ -49,8 +49,10 @@ class LatentWeight(nn.Module):
     Args:
         weight: float32, any shape.
         start: its codes, whose zero point and grid are kept, and its scale.
-        relative: whether the parameter is the logarithm of the scale's change, for optimizers of Adam's kind; otherwise
-            it is the scale, whose gradient is divided by sqrt(values of a scale * half the grid's steps).
+        relative: for optimizers of Adam's kind, which move all parameters by about the same: whether these are the
+            weight in steps of the grid (on levels: in mean distances between them) and the logarithm of the scale's
+            change; otherwise they are weight and scale, whose gradient is divided by
+            sqrt(values of a scale * half the grid's steps).
     """
 
     def __init__(self, weight: Tensor, start: QTensor, relative: bool = False) -> None:
@@ -64,7 +66,19 @@ class LatentWeight(nn.Module):
         self.limits = self._limits(weight)
         self.learned_scale = nn.Parameter(torch.zeros_like(scale) if relative else scale.clone())
         self.gradient_factor = (weight.numel() / scale.numel() * start.grid.steps / 2) ** -0.5
-        self.weight = nn.Parameter(self._begin(weight.detach()))
+        self.unit: Tensor
+        self.register_buffer("unit", self._step() if relative else torch.ones_like(scale))
+        self.latent = nn.Parameter(self._begin(weight.detach() / self.unit))
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight behind the codes."""
+        return self.latent * self.unit
+
+    def _step(self) -> Tensor:
+        low, high = self.limits
+        levels = self.start.levels
+        return self.first_scale if levels is None else self.first_scale * (high - low) / (levels.shape[-1] - 1)
 
     def _limits(self, weight: Tensor) -> tuple[Any, Any]:
         start = self.start
@@ -76,12 +90,13 @@ class LatentWeight(nn.Module):
         low, high = code_limits(start.channel_bits, start.grid.signed)
         return aligned(low, weight, start.granularity), aligned(high, weight, start.granularity)
 
-    def _begin(self, weight: Tensor) -> Tensor:
-        codes, kept = self.start.codes.float(), 0.0 if self.start.levels is not None else KEPT
+    def _begin(self, latent: Tensor) -> Tensor:
+        weight, codes = latent * self.unit, self.start.codes.float()
+        kept = 0.0 if self.start.levels is not None else KEPT
         steps = weight / self.first_scale + self.zero_point
         pulled = steps.clamp(codes - kept, codes + kept)
         own = self._nearest(weight, self.first_scale, self.zero_point) == codes
-        return torch.where(own, weight, (pulled - self.zero_point) * self.first_scale)
+        return torch.where(own, latent, (pulled - self.zero_point) * (self.first_scale / self.unit))
 
     def _nearest(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Codes of a weight, as float32."""
@@ -100,8 +115,9 @@ class LatentWeight(nn.Module):
     def forward(self) -> Tensor:
         """The weight on its grid, float32, equal to `hard().dequantize()` bit for bit."""
         scale, zero_point = self.affine()
-        within = (self.weight / scale + zero_point).clamp(*self.limits)
-        codes = straight_through(within, self._nearest(self.weight.detach(), scale.detach(), zero_point))
+        weight = self.weight
+        within = (weight / scale + zero_point).clamp(*self.limits)
+        codes = straight_through(within, self._nearest(weight.detach(), scale.detach(), zero_point))
         return (codes - zero_point) * scale
 
     def hard(self) -> QTensor:
@@ -130,10 +146,11 @@ class RangedWeight(LatentWeight):
         weight: float32, any shape.
         start: its codes; of a uniform grid with the same bits in all channels.
         symmetric: of the range.
+        relative: whether the parameter is the weight in steps of the grid.
     """
 
-    def __init__(self, weight: Tensor, start: QTensor, symmetric: bool) -> None:
-        super().__init__(weight, start)
+    def __init__(self, weight: Tensor, start: QTensor, symmetric: bool, relative: bool = False) -> None:
+        super().__init__(weight, start, relative)
         self.symmetric = symmetric
         self.learned_scale.requires_grad_(False)
 

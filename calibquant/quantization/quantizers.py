@@ -86,7 +86,7 @@ class WeightQuantizer(nn.Module):
         if start.levels is not None or start.channel_bits is not None:
             problem = "has levels of its own, or channels of different bits, which arq does not know"
             raise QuantizationError(self.name, problem, "set finetune.weights=lsq")
-        self.rounding = latent = RangedWeight(weight, start, self.plan.symmetric)
+        self.rounding = latent = RangedWeight(weight, start, self.plan.symmetric, relative)
         return latent
 
     def stop_learning(self) -> None:

@@ -158,8 +158,14 @@ class FinetuneRecipe(TrainRecipe):
     _name: ClassVar[str] = "finetune"
     epochs: int = Field(default=5, ge=1, description="passes over the images")
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    lr: Positive = Field(default=1e-3, description="of weights and biases, the schedule's peak")
+    lr: Positive = Field(
+        default=5e-3,
+        description="of weights and biases, the schedule's peak; adamw: in steps of the grid and standard deviations",
+    )
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="of weights")
+    mixup: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="as in train; what mixed images are, the float network says"
+    )
     precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
     holdout: float = Field(
         default=0.02, ge=0, le=0.5, description="share of the training images that choose the best epoch, or the start"
@@ -193,8 +199,6 @@ class FinetuneRecipe(TrainRecipe):
             raise conflict("finetune.distill", "is 0, and finetune.labels too", "give one of them a weight")
         if self.features and not self.distill:
             raise conflict("finetune.features", "stands beside finetune.distill, which is 0", "set it above 0")
-        if self.mixup and self.labels == 0:
-            raise conflict("finetune.mixup", "mixes labels, which have no weight", "set finetune.labels above 0")
         return self
 
 

@@ -6,16 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from calibquant import parallel
-from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import QTensor
+from calibquant.quantization.bias_units import start_learning_biases
 from calibquant.quantization.learning import SoftRounding
 from calibquant.quantization.model import QuantModel, parameter_tensors
-
-SMALLEST_UNIT = 1e-6  # of a bias, in place of the spread of an output that does not vary
 
 
 @dataclass(frozen=True)
@@ -81,20 +77,8 @@ def start_learning(
     if rates.zero_point:
         others.append({"params": [q.start_learning_zero_point() for q in stored], "lr": rates.zero_point})
     if rates.bias:
-        others.append({"params": _start_biases(part, inputs), "lr": rates.bias})
+        others.append({"params": start_learning_biases(part, inputs), "lr": rates.bias})
     return Learnables(roundings, [g for g in first if g["params"]], [g for g in others if g["params"]])
-
-
-def _start_biases(part: QuantModel, inputs: Tensor) -> list[nn.Parameter]:
-    spread: dict[str, tuple[int, float]] = {}
-
-    def note(name: str, value: Tensor) -> None:
-        spread[name] = (part.bias_of(name).numel(), max(float(value.std()), SMALLEST_UNIT))
-
-    with torch.no_grad():
-        Watched(part.teacher, [*part.bias_deltas], note)(inputs)
-    alike = parallel.first(spread)  # each process measures it on images of its own
-    return [part.bias_deltas[name].start_learning(*found, inputs.device) for name, found in alike.items()]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calibquant import parallel
 from calibquant.quantization import QuantModel
+from calibquant.quantization.bias_units import start_learning_biases
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.student import Student, distillation_loss
 from calibquant.recipe import FinetuneRecipe
@@ -48,14 +49,17 @@ class Distillation:
         return torch.stack(parts).sum()
 
 
-def begin_finetuning(model: QuantModel, settings: FinetuneRecipe) -> Training:
+def begin_finetuning(model: QuantModel, settings: FinetuneRecipe, images: Tensor) -> Training:
     """A quantized network before the first step of its training; what it computes is what it computed before.
 
-    With AdamW scales and ends of ranges move in shares of themselves, with SGD by LSQ's scaled gradients.
+    With AdamW all parameters are relative: weights count in steps of their grids, biases in standard deviations of
+    what they are added to, scales and ends of ranges in shares of themselves. With SGD they are absolute, and LSQ
+    scales their gradients.
 
     Args:
         model: calibrated, on its device, with a bias at every product.
         settings: what is learned, and how.
+        images: some, float32 (N, ...) on the model's device, on which the deviations are measured.
 
     Raises:
         QuantizationError: a weight or an activation cannot be learned in the way the settings name.
@@ -71,14 +75,17 @@ def begin_finetuning(model: QuantModel, settings: FinetuneRecipe) -> Training:
         scales.append(quantizer.start_learning(relative, by_image=True))
         if kind == "lsq+":
             scales.append(quantizer.start_learning_zero_point())
-    device = next(iter(tensors.values())).device
-    biases = [d.start_learning(model.bias_of(n).numel(), 1.0, device) for n, d in model.bias_deltas.items()]
+    if relative:
+        biases = start_learning_biases(model, images)
+    else:
+        deltas = model.bias_deltas.items()
+        biases = [delta.start_learning(model.bias_of(n).numel(), 1.0, images.device) for n, delta in deltas]
     # PACT holds its ends back as it does weights; in shares of the ends this would pull them to where they began.
     decay = settings.weight_decay if kind == "pact" and not relative else 0.0
     ranges = {"factor": settings.scale_lr / settings.lr, "until": settings.freeze, "weight_decay": decay}
     plain = {"factor": 1.0, "until": 1.0}
     groups: list[dict[str, Any]] = [
-        {"params": [w.weight for w in latent], "weight_decay": settings.weight_decay, **plain},
+        {"params": [w.latent for w in latent], "weight_decay": settings.weight_decay, **plain},
         {"params": biases, "weight_decay": 0.0, **plain},
         {"params": scales, **ranges},
     ]

@@ -184,7 +184,6 @@ def test_the_command_goes_from_a_run_to_its_table(
 WRONG = [
     (["finetune.labels=0", "finetune.distill=0"], "finetune.distill: is 0, and finetune.labels too"),
     (["finetune.features=1", "finetune.labels=1", "finetune.distill=0"], "finetune.features: stands beside"),
-    (["finetune.mixup=0.2"], "finetune.mixup: mixes labels, which have no weight"),
     (["finetune.batch_size=50", "finetune.accumulate=3"], "finetune.accumulate: 50 images make no 3 equal parts"),
     (["finetune.warm_up=9"], "finetune.warm_up: 9 epochs of 5; leave epochs for the fall"),
     (["finetune.epochs=5", "model.submodule=layer1"], "finetune: trains a whole network, not its part layer1"),

@@ -52,18 +52,21 @@ def test_it_begins_with_the_codes_that_were_found(grid: Grid, granularity: Granu
     assert torch.equal(latent(), start.dequantize())
     nearest = quantize_tensor(weight, start.scale, start.zero_point, grid, granularity).codes == start.codes
     assert 0.5 < float(nearest.float().mean()) < 0.95
-    assert torch.equal(latent.weight[nearest], weight[nearest])
+    torch.testing.assert_close(latent.weight[nearest], weight[nearest], rtol=1e-6 if relative else 0, atol=0)
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("levels", GRIDS, ids=lambda p: f"{p.kind} {p.count}")
-def test_on_levels_it_begins_with_the_codes_and_stays_among_the_levels(levels) -> None:  # type: ignore[no-untyped-def]
+def test_on_levels_it_begins_with_the_codes_and_stays_among_the_levels(levels, relative: bool) -> None:  # type: ignore[no-untyped-def]
     weight = weight_of()
     start = leveled_weight(weight, plan_of(levels), levels)
-    latent = LatentWeight(weight, start)
+    latent = LatentWeight(weight, start, relative)
     assert torch.equal(latent.hard().codes, start.codes)
     with torch.no_grad():
-        latent.weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-        latent.learned_scale.mul_(1.1)
+        latent.latent.add_(
+            (3.0 if relative else 0.3) * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        )
+        latent.learned_scale.add_(0.1)
     hard = latent.hard()
     assert torch.equal(latent(), hard.dequantize())
     assert not torch.equal(hard.codes, start.codes)
@@ -90,9 +93,10 @@ def test_gradients_are_lsqs(grid: Grid, granularity: Granularity, relative: bool
     wanted = by_scale.sum(axes, keepdims=isinstance(granularity, PerChannel))
     values = weight.numel() / max(1, start.scale.numel())
     wanted = wanted * scale if relative else wanted / np.sqrt(values * grid.steps / 2)
-    assert latent.weight.grad is not None
+    assert latent.latent.grad is not None
     assert latent.learned_scale.grad is not None
-    np.testing.assert_allclose(latent.weight.grad.numpy(), pull.numpy() * inside, atol=1e-6)
+    by_weight = pull.double().numpy() * inside * (scale if relative else 1.0)
+    np.testing.assert_allclose(latent.latent.grad.numpy(), by_weight, atol=1e-6)
     np.testing.assert_allclose(latent.learned_scale.grad.numpy().ravel(), wanted.ravel(), rtol=2e-4, atol=1e-5)
 
 
@@ -103,7 +107,7 @@ def test_arq_follows_the_range_in_every_step(signed: bool) -> None:
     weight, start = uniform(grid, PerChannel(0))
     latent = RangedWeight(weight, start, symmetric=signed)
     with torch.no_grad():
-        latent.weight.mul_(1.7).add_(0.01)
+        latent.latent.mul_(1.7).add_(0.01)
     rows = latent.weight.detach().double().reshape(6, -1).numpy()
     low, high = rows.min(1), rows.max(1)
     scale = np.where(-low > high, -low / 8, high / 7)
@@ -115,7 +119,7 @@ def test_arq_follows_the_range_in_every_step(signed: bool) -> None:
     assert torch.equal(latent(), hard.dequantize())
     latent().sum().backward()
     assert latent.learned_scale.grad is None
-    assert latent.weight.grad is not None
+    assert latent.latent.grad is not None
 
 
 def test_the_second_value_passes_and_the_first_gets_the_gradient() -> None:

@@ -39,7 +39,7 @@ def quantized(quant: QuantRecipe = QUANT) -> QuantModel:
 
 
 def settings(**fields: Any) -> FinetuneRecipe:
-    usual = {"epochs": 6, "batch_size": 10, "precision": "float32", "lr": 0.02, "scale_lr": 0.02}
+    usual = {"epochs": 6, "batch_size": 10, "precision": "float32", "lr": 0.02, "scale_lr": 0.02, "mixup": 0.0}
     return FinetuneRecipe.model_validate(usual | fields)
 
 
@@ -49,7 +49,7 @@ def source_of(train: FinetuneRecipe) -> Source:
 
 
 def trained(train: FinetuneRecipe, model: QuantModel) -> tuple[QuantModel, list[float]]:
-    training, source = begin_finetuning(model, train), source_of(train)
+    training, source = begin_finetuning(model, train, pictures()), source_of(train)
     kept = fit(training, source, train, Distillation(model, train, pictures()))
     return finished(training, kept), [report.loss for report in training.reports]
 
@@ -58,7 +58,7 @@ WAYS: list[dict[str, Any]] = [
     {}, {"activations": "lsq+"}, {"activations": "pact"}, {"activations": "ulq", "weights": "arq"},
     {"activations": "fixed"}, {"optimizer": "sgd", "lr": 0.05, "scale_lr": 0.05},
     {"optimizer": "sgd", "activations": "pact", "weight_decay": 1e-3}, {"labels": 1.0, "distill": 0.0, "mixup": 0.2},
-    {"features": 1.0, "labels": 0.5, "ema": 0.8}, {"freeze": 0.5, "clip": 1.0},
+    {"features": 1.0, "labels": 0.5, "ema": 0.8}, {"freeze": 0.5, "clip": 1.0}, {"mixup": 1.0}, {"weights": "arq"},
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_every_way_begins_where_calibration_ended_and_brings_the_network_closer(
     want, before = model.teacher(x), model(x)
     train = settings(**way)
     if train.weights == "lsq":
-        begin_finetuning(model, train)
+        begin_finetuning(model, train, pictures())
         with torch.no_grad():
             assert torch.equal(model(x), before)
         model.stop_learning()
@@ -87,7 +87,7 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
     model, x = quantized(), pictures()[:8]
     labels = torch.arange(8) % 3
     train = settings(labels=0.5, distill=2.0, temperature=3.0, features=0.7, label_smoothing=0.1)
-    begin_finetuning(model, train)
+    begin_finetuning(model, train, pictures())
     loss = Distillation(model, train, x)(x, labels, STREAM)
     with torch.no_grad():
         got, want = model(x), model.teacher(x)
@@ -107,7 +107,7 @@ def test_parts_of_a_batch_one_after_another_are_one_step(activations: str) -> No
     for count in (1, 5):
         model = quantized()
         train = settings(iterations=1, optimizer="sgd", accumulate=count, activations=activations, features=1.0)
-        training = begin_finetuning(model, train)
+        training = begin_finetuning(model, train, pictures())
         fit(training, source_of(train), train, Distillation(model, train, pictures()))
         found.append([p.detach().clone() for p in model.parameters()])
     whole, parts = found
@@ -119,7 +119,7 @@ def test_parts_of_a_batch_one_after_another_are_one_step(activations: str) -> No
 def test_frozen_scales_stay_while_weights_move() -> None:
     model = quantized()
     train = settings(epochs=4, freeze=0.5)
-    training, source = begin_finetuning(model, train), source_of(train)
+    training, source = begin_finetuning(model, train, pictures()), source_of(train)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def save(_: object) -> None:
@@ -136,7 +136,7 @@ def test_frozen_scales_stay_while_weights_move() -> None:
 
 def test_iterations_end_a_training_within_an_epoch() -> None:
     model, train = quantized(), settings(iterations=7)
-    training, source = begin_finetuning(model, train), source_of(train)
+    training, source = begin_finetuning(model, train, pictures()), source_of(train)
     steps: list[int] = []
     objective = Distillation(model, train, pictures())
     fit(training, source, train, lambda x, y, s: (steps.append(1), objective(x, y, s))[1])  # type: ignore[func-returns-value]
