@@ -25,12 +25,17 @@ def pictures() -> Tensor:
     return next(batches(images(), 50)).images
 
 
-def quantized(quant: QuantRecipe = QUANT) -> QuantModel:
-    """The small network at 2 bits, with weights of which every class is different."""
+def quantized(quant: QuantRecipe = QUANT, factor: float = 1.0) -> QuantModel:
+    """The small network at 2 bits, with weights of which every class is different.
+
+    Values behind the first layer are `factor` times as large, and the last layer undoes that.
+    """
     net = network().eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(4)
-        nn.init.orthogonal_(net[-1].weight, 3.0)  # type: ignore[index, arg-type, union-attr]
+        nn.init.orthogonal_(net[-1].weight, 3.0 / factor)  # type: ignore[index, arg-type, union-attr]
+        net[1].weight.mul_(factor)  # type: ignore[index, operator, union-attr]
+        net[1].bias.mul_(factor)  # type: ignore[index, operator, union-attr]
     teacher = with_biases(fold_batch_norm(capture(net, pictures()[:2])))
     model = QuantModel(teacher, make_plan(teacher, quant))
     calibrate_weights(model, quant)
@@ -114,6 +119,17 @@ def test_parts_of_a_batch_one_after_another_are_one_step(activations: str) -> No
     assert whole
     for one, other in zip(whole, parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("optimizer", "alike"), [("adamw", True), ("sgd", False)])
+def test_under_adamw_the_size_of_a_layer_does_not_matter(optimizer: str, alike: bool) -> None:
+    """A network of ReLUs is the same with one layer times 4 and the next by 4; powers of two make no rounding."""
+    x, train = pictures(), settings(optimizer=optimizer, activations="lsq", epochs=3)
+    first, other = (trained(train, quantized(factor=factor))[0] for factor in (1.0, 4.0))
+    with torch.no_grad():
+        before, found, same = quantized()(x), first(x), other(x)
+    assert not torch.allclose(before, found, atol=1e-2)
+    assert torch.allclose(found, same, atol=1e-5) == alike
 
 
 def test_frozen_scales_stay_while_weights_move() -> None:
