@@ -76,8 +76,9 @@ def text_of(rows: list[dict[str, Any]]) -> str:
     words = (
         f"\nFloat top-1 {100 * first['float']:.2f} %; {first['count']:,} test images; boundary `{first['boundary']}`, "
         f"placement `{first['placement']}`. Where fewer than 50,000 training images are learned from, the others "
-        "choose the epoch. Before: what calibration, or reconstruction with `fast`, gives. deploy.onnx: its top-1 in "
-        "ONNX Runtime, and on how many images it decides as the simulation. What a step costs: scaling.md.\n"
+        "tell that the start was not better. Before: what calibration, or reconstruction with `fast`, gives. "
+        "deploy.onnx: its top-1 in ONNX Runtime, and on how many images it decides as the simulation. "
+        "What a step costs: scaling.md.\n"
     )
     return common.table(header, body) + words + (mixing_text(rows) if any(row["changes"] for row in rows) else "")
 

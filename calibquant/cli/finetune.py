@@ -56,7 +56,7 @@ def _show(metrics: dict[str, Any]) -> None:
     before, after, epochs = trained["before"], metrics["quantized"], trained["epochs"]
     rows = [["epochs", str(len(epochs))], ["training images", str(trained["training_images"])]]
     rows.append(["training loss, last epoch", f"{epochs[-1]['loss']:.4f}"])
-    rows.append(["epoch kept", str(trained["best_epoch"])])
+    rows.append(["kept", "the last epoch" if trained["kept"] else "the start"])
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         rows.append([f"{name} % before training", console.percent(before[key])])
         rows.append([f"{name} % after", console.percent(after[key])])

@@ -83,7 +83,7 @@ def adopt(job: Job, start: Path) -> None:
 def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     """Train the quantized network as the recipe says, with a checkpoint in the folder after each epoch.
 
-    With images held out the epoch that does best on them is kept, or the start where that is better beyond chance.
+    The last epoch is kept, or the start where that is better on the images held out beyond chance.
 
     Raises:
         CalibQuantError: the images have no labels, or the loss diverges.
@@ -109,14 +109,13 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
         if worse:
             restore(job.model, before)
             job.model.to(job.device)
-            note(job.reporter, "the start does better than any epoch on the images held out: rolled back")
+            note(job.reporter, "the start does better on the images held out: rolled back")
         elif settings.batch_norm == "reestimated":
             _reestimate(job, folder)
     job.facts["finetune"] |= {
         "held_out_before": None if first is None else float(first.mean()),
         "held_out_after": None if last is None else float(last.mean()),
         "kept": not worse,
-        "best_epoch": 0 if worse else training.best_epoch,
         "training_images": len(source.images),
         "held_out_images": 0 if held is None else len(held),
         "processes": parallel.world(),
@@ -138,7 +137,8 @@ def _fit(
         save_training(folder, now, images, STATE)
 
     try:
-        return fit(training, source, objective.settings, objective, accuracy, save, job.reporter.progress)
+        settings, progress = objective.settings, job.reporter.progress
+        return fit(training, source, settings, objective, accuracy, save, progress, keep_best=False)
     except ModelError as error:
         run = final_path(folder.path)
         mend = (

@@ -168,7 +168,7 @@ class FinetuneRecipe(TrainRecipe):
     )
     precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
     holdout: float = Field(
-        default=0.02, ge=0, le=0.5, description="share of the training images that choose the best epoch, or the start"
+        default=0.02, ge=0, le=0.5, description="share of the training images that tell whether the start was better"
     )
     weights: Literal["lsq", "arq"] = Field(
         default="lsq", description="lsq: their scales are learned; arq: they follow the weights' range in each step"

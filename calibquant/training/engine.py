@@ -60,8 +60,9 @@ class Training:
         average: the moving average of its weights, or None.
         optimizer: of the network's parameters.
         reports: of the epochs done.
-        best: the state_dict of the best epoch on the images held out; None before any was measured.
-        best_epoch: its number; without images held out the last one's.
+        best: the state_dict of the best epoch on the images held out; None before any was measured, or if the last
+            epoch is kept.
+        best_epoch: its number; otherwise the last one's.
     """
 
     network: nn.Module
@@ -145,6 +146,7 @@ def fit(
     validate: Callable[[nn.Module], float] | None = None,
     save: Callable[[Training], None] | None = None,
     progress: Progress | None = None,
+    keep_best: bool = True,
 ) -> nn.Module:
     """Train for the epochs, or steps, that are still to do.
 
@@ -153,12 +155,14 @@ def fit(
         source: the images.
         settings: the recipe's `train` or `finetune`.
         objective: what is minimized, of the network that is trained.
-        validate: accuracy of a network on images held out; the epoch with the best (of equals the latest) is kept.
+        validate: accuracy of a network on images held out.
         save: called after each epoch.
         progress: called with the steps done, the steps in all and words.
+        keep_best: whether the epoch with the best accuracy (of equals the latest) is kept, not the last.
 
     Returns:
-        the network of the best epoch, or of the last without `validate`, in eval mode and in torch's usual layout.
+        the network of the best epoch, or of the last without `validate` or `keep_best`, in eval mode and in torch's
+        usual layout.
 
     Raises:
         ModelError: the loss is no finite number, or a label is no class of the network.
@@ -174,12 +178,12 @@ def fit(
         if validate is not None and ((epoch + 1) % settings.evaluate_every == 0 or epoch + 1 == epochs):
             accuracy = validate(training.candidate.eval())
         lr = learning_rate(settings, min((epoch + 1) * source.steps, total) - 1, source.steps)
-        _note_best(training, epoch + 1, accuracy)
+        _note_best(training, epoch + 1, accuracy if keep_best else None)
         training.reports.append(EpochReport(epoch + 1, loss, lr, accuracy, time.perf_counter() - started))
         if save is not None:
             save(training)
     kept = training.candidate
-    if training.best is not None:
+    if keep_best and training.best is not None:
         kept.load_state_dict(training.best)
     return kept.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 

@@ -162,6 +162,17 @@ def test_the_best_epoch_on_held_out_images_is_kept() -> None:
     assert [report.accuracy for report in training.reports] == [0.3, 0.8, 0.8, 0.5]
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for() -> None:
+    accuracies = iter([0.4, 0.7, 0.2])
+    train = settings(epochs=3)
+    training, source = begin(train)
+    objective = Classification(training.network, train)
+    kept = fit(training, source, train, objective, lambda network: next(accuracies), keep_best=False)
+    assert (training.best, training.best_epoch) == (None, 3)
+    assert [report.accuracy for report in training.reports] == [0.4, 0.7, 0.2]
+    assert kept is training.candidate
+
+
 def test_held_out_images_are_looked_at_every_n_epochs_and_at_the_end() -> None:
     train = settings(epochs=5, evaluate_every=2)
     training, source = begin(train)
