@@ -163,9 +163,6 @@ class FinetuneRecipe(TrainRecipe):
         description="of weights and biases, the schedule's peak; adamw: in steps of the grid and standard deviations",
     )
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="of weights")
-    mixup: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="as in train; what mixed images are, the float network says"
-    )
     precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
     holdout: float = Field(
         default=0.02, ge=0, le=0.5, description="share of the training images that tell whether the start was better"

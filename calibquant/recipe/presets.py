@@ -117,7 +117,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "optimizer": "sgd",
             "nesterov": False,
             "lr": 1e-5,
-            "mixup": 0.0,
             "scale_lr": 1e-5,
             "weight_decay": 1e-4,
             "precision": "float32",

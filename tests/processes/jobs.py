@@ -97,7 +97,7 @@ def fisher(folder: Path) -> Any:
 def tuned(folder: Path) -> Any:
     """Some steps of training with SGD, so that gradients count by their size."""
     way = {"iterations": 4, "batch_size": 16, "optimizer": "sgd", "lr": 0.001, "scale_lr": 0.001, "labels": 0.5,
-           "mixup": 0.0, "features": 0.5, "precision": "float32", "holdout": 0.0}  # fmt: skip
+           "features": 0.5, "precision": "float32", "holdout": 0.0}  # fmt: skip
     run = run_of(folder, finetune=way)
     return {
         "losses": [e["loss"] for e in run.metrics["finetune"]["epochs"]],

@@ -44,7 +44,7 @@ def quantized(quant: QuantRecipe = QUANT, factor: float = 1.0) -> QuantModel:
 
 
 def settings(**fields: Any) -> FinetuneRecipe:
-    usual = {"epochs": 6, "batch_size": 10, "precision": "float32", "lr": 0.02, "scale_lr": 0.02, "mixup": 0.0}
+    usual = {"epochs": 6, "batch_size": 10, "precision": "float32", "lr": 0.02, "scale_lr": 0.02}
     return FinetuneRecipe.model_validate(usual | fields)
 
 
