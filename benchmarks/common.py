@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["-"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def spread(shares: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    mean = f"{100 * statistics.mean(shares):.2f}"
-    return mean if len(shares) == 1 else f"{mean} ± {100 * statistics.stdev(shares):.2f}"
 
 
 def write(name: str, command: str, facts: dict[str, Any], markdown: str) -> None:

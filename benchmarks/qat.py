@@ -1,11 +1,10 @@
 """Quantization-aware training of ResNet-20 on CIFAR-10: W2A2, W3A3, W4A4, and W4A4 as AMCT retrains.
 
-    OMP_NUM_THREADS=1 python benchmarks/qat.py --data DATA [--recipes w2a2 …] [--mixing 1005 …]
+    OMP_NUM_THREADS=1 python benchmarks/qat.py --data DATA [--recipes w2a2 …] [--seeds 1005]
 
-DATA holds weights/ and cifar-10-batches-bin/. The recipes are those of configs/qat, with seed 1005; the accuracy is
-that of 5,000 test images before and after training, and of the exported deploy.onnx in ONNX Runtime. Beside them W3A3
-is trained for 3 epochs with images mixed and not, with the seeds of --mixing. What was done is kept in the results, so
-that the same command goes on.
+DATA holds weights/ and cifar-10-batches-bin/. The recipes are those of configs/qat; the accuracy is that of 5,000 test
+images before and after training, and of the exported deploy.onnx in ONNX Runtime. What was done is kept in the
+results, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,21 +21,19 @@ from calibquant.recipe import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "qat"
 RECIPES = ("w4a4", "w4a4-amct", "w3a3", "w2a2")
-SEED = 1005
-MIXINGS = ("0", "1")  # of the recipe w3a3, for 3 epochs
 
 
-def measure(name: str, seed: int, changes: list[str], given: Any) -> dict[str, Any]:
+def measure(name: str, seed: int, given: Any) -> dict[str, Any]:
     recipe = load_recipe(CONFIGS / f"resnet20-{name}.yaml", [
         f"model.weights={given.data / 'weights' / 'resnet20-12fca82f.th'}", f"seed={seed}",
         f"data.root={given.data / 'cifar-10-batches-bin'}", f"runs={given.runs / 'qat'}", f"threads={given.threads}",
-        "calibration.strategy=first", *changes,
+        "calibration.strategy=first",
     ])  # fmt: skip
     run = quantize(recipe)
     metrics, trained = run.metrics, run.metrics["finetune"]
     deployed = evaluate_onnx(run.folder / "deploy.onnx")
     return {
-        "recipe": name, "seed": seed, "changes": changes, "setting": metrics["setting"],
+        "recipe": name, "seed": seed, "setting": metrics["setting"],
         "float": metrics["float"]["top1"], "before": trained["before"]["top1"], "after": metrics["quantized"]["top1"],
         "agreement": metrics["quantized"]["agreement"], "deployed": deployed["deployed"]["top1"],
         "decides_alike": deployed["agreement_with_simulation"], "bytes": metrics["size"]["file"],
@@ -45,29 +42,11 @@ def measure(name: str, seed: int, changes: list[str], given: Any) -> dict[str, A
     }  # fmt: skip
 
 
-def mixing(alpha: str) -> list[str]:
-    return ["finetune.epochs=3", f"finetune.mixup={alpha}"]
-
-
-def mixing_text(rows: list[dict[str, Any]]) -> str:
-    """What mixing images does to a short training."""
-    body = []
-    for alpha in MIXINGS:
-        found = [row for row in rows if row["changes"] == mixing(alpha)]
-        if not found:
-            continue
-        columns = (common.spread([row[key] for row in found]) for key in ("before", "after", "agreement"))
-        body.append([alpha, ", ".join(str(row["seed"]) for row in found), *columns])
-    return "\nW3A3, 3 epochs:\n\n" + common.table(
-        ["finetune.mixup", "seeds", "top-1 % before", "after", "agreement %"], body
-    )
-
-
 def text_of(rows: list[dict[str, Any]]) -> str:
     header = ["recipe", "seed", "epochs", "of images", "top-1 % before", "after", "below float", "agreement %",
               "deploy.onnx", "decides alike %"]  # fmt: skip
     body = []
-    for row in (r for r in rows if not r["changes"]):
+    for row in rows:
         percents = (row["before"], row["after"], row["float"] - row["after"], row["agreement"], row["deployed"],
                     row["decides_alike"])  # fmt: skip
         facts = f"qat/resnet20-{row['recipe']}", f"{row['seed']}", f"{len(row['epochs'])}", f"{row['images']:,}"
@@ -80,25 +59,24 @@ def text_of(rows: list[dict[str, Any]]) -> str:
         "deploy.onnx: its top-1 in ONNX Runtime, and on how many images it decides as the simulation. "
         "What a step costs: scaling.md.\n"
     )
-    return common.table(header, body) + words + (mixing_text(rows) if any(row["changes"] for row in rows) else "")
+    return common.table(header, body) + words
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=[*RECIPES])
-    parser.add_argument("--mixing", nargs="*", type=int, default=[1005, 1006, 1007], help="seeds")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1005])
     given = parser.parse_args()
     path = common.RESULTS / "qat.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    todo: list[tuple[str, int, list[str]]] = [(name, SEED, []) for name in given.recipes]
-    todo += [("w3a3", seed, mixing(alpha)) for alpha in MIXINGS for seed in given.mixing]
-    for name, seed, changes in todo:
-        if any((r["recipe"], r["seed"], r["changes"]) == (name, seed, changes) for r in rows):
-            continue
-        rows.append(measure(name, seed, changes, given))
-        rows.sort(key=lambda r: (RECIPES.index(r["recipe"]), r["changes"], r["seed"]))
-        command = "OMP_NUM_THREADS=1 python benchmarks/qat.py --data DATA"
-        common.write("qat", command, {"rows": rows}, text_of(rows))
+    for name in given.recipes:
+        for seed in given.seeds:
+            if any((r["recipe"], r["seed"]) == (name, seed) for r in rows):
+                continue
+            rows.append(measure(name, seed, given))
+            rows.sort(key=lambda r: (RECIPES.index(r["recipe"]), r["seed"]))
+            command = "OMP_NUM_THREADS=1 python benchmarks/qat.py --data DATA"
+            common.write("qat", command, {"rows": rows}, text_of(rows))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ images and no boundary rule on the same network; its published table is of its o
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def text_of(rows: list[dict[str, Any]], training: dict[str, Any]) -> str:
         for way in WAYS:
             chosen = [r for r in rows if (r["way"], r["setting"]) == (way, setting)]
             if chosen:
-                cells = [common.spread([r[key] for r in chosen]) for key in MEASURES]
+                cells = [_spread([r[key] for r in chosen]) for key in MEASURES]
                 body.append([setting.upper(), f"{way}, {_how(chosen)}", *cells, f"{chosen[0]['bytes'] / 1e3:.0f}"])
         published = [f"{100 * value:.2f}" for value in PUBLISHED[setting]]
         body.append([setting.upper(), "published by ptq_resnet20 for its wide network", *published, "–"])
@@ -80,6 +81,11 @@ def _how(rows: list[dict[str, Any]]) -> str:
     method = f"{first['method']} ({first['iterations']} iterations)" if first["method"] != "none" else "nearest"
     seeds = f"{len(rows)} seeds" if len(rows) > 1 else f"seed {first['seed']}"
     return f"{method}; boundary {first['boundary']}, placement {first['placement']}, {first['images']} images; {seeds}"
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
 def main() -> None:
