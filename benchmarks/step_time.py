@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from calibquant.data import batches
 from calibquant.graph import Unit, units
-from calibquant.graph.ops import weight_of
+from calibquant.graph.nodes import weight_of
 from calibquant.graph.subgraph import subgraph
 from calibquant.numerics.affine import aligned
 from calibquant.pipeline.preparing import prepare

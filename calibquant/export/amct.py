@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibquant.export.record import record
-from calibquant.graph.ops import weight_of
+from calibquant.graph.nodes import weight_of
 from calibquant.numerics.amct import IFMR_PERCENTILE, IFMR_RANGE, IFMR_STEP
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization.model import QuantModel

@@ -18,7 +18,8 @@ from torch import fx
 from calibquant.errors import QuantizationError
 from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.graph.limits import limits_of
-from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
 from calibquant.quantization import QuantModel

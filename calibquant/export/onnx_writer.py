@@ -17,7 +17,8 @@ from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shap
 from calibquant.export.onnx_files import OnnxGraph
 from calibquant.export.onnx_ops import ROWS
 from calibquant.export.program import Step, names_of
-from calibquant.graph.ops import OPS, op_of
+from calibquant.graph.nodes import op_of
+from calibquant.graph.ops import OPS
 from calibquant.numerics.affine import MIN_SCALE, code_limits
 from calibquant.numerics.levels import nearest_levels
 from calibquant.quantization import QuantModel

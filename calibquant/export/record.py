@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, op_of, weight_of
 from calibquant.numerics.grid import widest
 from calibquant.quantization.model import QuantModel
 from calibquant.quantization.quantizers import ActivationQuantizer

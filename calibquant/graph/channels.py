@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from calibquant.graph.ops import Kind, kind_of, op_of
+from calibquant.graph.nodes import kind_of, op_of
+from calibquant.graph.ops import Kind
 
 
 def channel_axis(product: fx.Node) -> int:

@@ -20,7 +20,7 @@ from calibquant.graph.channels import channel_axis
 from calibquant.graph.expectations import Normal, normal_of, set_normal
 from calibquant.graph.folding import with_biases
 from calibquant.graph.lowering import build
-from calibquant.graph.ops import op_of, weight_of
+from calibquant.graph.nodes import op_of, weight_of
 from calibquant.graph.pairs import Pair, find_pairs
 from calibquant.graph.watching import Watched
 

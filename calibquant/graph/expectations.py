@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from calibquant.graph import ops
 from calibquant.graph.channels import channel_axis, ends_in_channels, splits_channels
 from calibquant.graph.limits import limits_of
-from calibquant.graph.ops import Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 from calibquant.numerics.moments import clipped_normal_mean, function_of_normal_mean
 
 _NORMAL = "normal"  # the key of a node's meta under which folding leaves a BatchNorm's statistics

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from calibquant.graph import ops
 from calibquant.graph.expectations import normal_after, set_normal
 from calibquant.graph.lowering import build
-from calibquant.graph.ops import Kind, kind_of, op_of, weight_of
+from calibquant.graph.nodes import kind_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import fx
 
-from calibquant.graph.ops import activations_of, op_of
+from calibquant.graph.nodes import activations_of, op_of
 
 Limits = tuple[float, float]
 UNLIMITED: Limits = (-math.inf, math.inf)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from calibquant.graph.ops import Kind, kind_of, op_of, weight_of
+from calibquant.graph.nodes import kind_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 
 
 def macs(graph: fx.GraphModule, *inputs: Tensor) -> dict[str, int]:

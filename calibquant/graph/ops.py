@@ -13,7 +13,7 @@ from enum import Enum
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from calibquant.graph.products import CONVOLUTION, CONVOLUTION_1D, LINEAR, TRANSPOSED, Product
 
@@ -370,34 +370,9 @@ _TABLE = [
     Op(upsample_bilinear, Kind.RESAMPLE, integer=True, homogeneous=True, keeps_mean=True),
 ]
 OPS: dict[str, Op] = {op.name: op for op in _TABLE}
-_BY_FUNCTION: dict[object, Op] = {op.run: op for op in _TABLE}
+BY_FUNCTION: dict[object, Op] = {op.run: op for op in _TABLE}
 
 COMPUTE = {
     Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.POOL, Kind.NORM, Kind.LOOKUP, Kind.RESAMPLE,
     Kind.FLOAT,
 }  # fmt: skip
-
-
-def op_of(node: fx.Node) -> Op | None:
-    """The table's row of a canonical node; None for inputs, parameters and the output."""
-    return _BY_FUNCTION[node.target] if node.op == "call_function" else None
-
-
-def kind_of(node: fx.Node) -> Kind | None:
-    """The kind of a canonical node; None for inputs, parameters and the output."""
-    op = op_of(node)
-    return op.kind if op else None
-
-
-def weight_of(node: fx.Node) -> fx.Node | None:
-    """The parameter node that a node takes its weight from, if it has one."""
-    op = op_of(node)
-    if op is None or op.weight is None:
-        return None
-    weight = node.args[op.weight]
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
-
-
-def activations_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values flow into a node, without its parameters."""
-    return [source for source in node.all_input_nodes if source.op != "get_attr"]

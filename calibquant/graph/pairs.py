@@ -10,7 +10,8 @@ from torch import fx
 
 from calibquant.graph.channels import channel_axis, ends_in_channels, splits_channels
 from calibquant.graph.limits import limits_of
-from calibquant.graph.ops import Kind, activations_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 
 
 @dataclass(frozen=True)

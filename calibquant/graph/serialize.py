@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from calibquant.errors import RunFolderError
 from calibquant.graph.lowering import build
-from calibquant.graph.ops import OPS, op_of
+from calibquant.graph.nodes import op_of
+from calibquant.graph.ops import OPS
 
 
 def to_json(graph: fx.Graph) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import fx
 
-from calibquant.graph.ops import Kind, kind_of, weight_of
+from calibquant.graph.nodes import kind_of, weight_of
+from calibquant.graph.ops import Kind
 
 MAX_WEIGHTS = 12  # an Inception block has 10; more than this would be reconstructed too coarsely and hold too much
 

@@ -13,7 +13,7 @@ from calibquant.data import ImageSet, Manifest, batches, find_images, read_manif
 from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.export.parity import CHUNK, IMAGES
 from calibquant.graph import capture, fold_batch_norm
-from calibquant.graph.ops import op_of, weight_of
+from calibquant.graph.nodes import op_of, weight_of
 from calibquant.pipeline.preparing import Prepared, build, open_calibration
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from calibquant.errors import QuantizationError
 from calibquant.graph.channels import channel_axis
 from calibquant.graph.expectations import Expected, expected_product, expected_values, unknown_reason
-from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, op_of, weight_of
 from calibquant.graph.watching import Watched
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from calibquant import parallel
-from calibquant.graph.ops import Kind, activations_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, op_of, weight_of
+from calibquant.graph.ops import Kind
 from calibquant.graph.watching import Watched
 from calibquant.quantization.calibration import show
 from calibquant.quantization.model import QuantModel, parameter_tensors

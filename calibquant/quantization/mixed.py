@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from calibquant.graph.ops import activations_of, weight_of
+from calibquant.graph.nodes import activations_of, weight_of
 from calibquant.numerics.budget import Array, Product, Uses, choose, improve
 from calibquant.numerics.packing import packed_bytes
 from calibquant.quantization.model import QuantModel, parameter_tensors

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
-from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import COMPUTE, Kind
 from calibquant.graph.subgraph import subgraph
 from calibquant.quantization.biases import BiasDelta, BiasRounding
 from calibquant.quantization.plan import QuantPlan

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from torch import fx
 
 from calibquant.errors import QuantizationError, nearest
-from calibquant.graph.ops import COMPUTE, Kind, activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.ops import COMPUTE, Kind
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
 from calibquant.recipe import Bits, QuantRecipe
 

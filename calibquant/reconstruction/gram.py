@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from calibquant.errors import QuantizationError
 from calibquant.features import Features, FeatureStore, take
-from calibquant.graph.ops import activations_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, op_of, weight_of
 from calibquant.graph.products import Product
 from calibquant.graph.subgraph import subgraph
 from calibquant.numerics.affine import QTensor, aligned, code_limits

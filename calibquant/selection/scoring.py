@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from calibquant.data import ImageSet, batches
 from calibquant.graph.expectations import normal_of
-from calibquant.graph.ops import activations_of, weight_of
+from calibquant.graph.nodes import activations_of, weight_of
 from calibquant.graph.watching import Watched
 from calibquant.selection.pixels import pixel_values
 

@@ -14,7 +14,7 @@ from calibquant.graph import capture, equalize, fold_batch_norm
 from calibquant.graph import equalization as module
 from calibquant.graph.capture import TOLERANCE
 from calibquant.graph.equalization import rescale
-from calibquant.graph.ops import weight_of
+from calibquant.graph.nodes import weight_of
 from calibquant.graph.pairs import find_pairs
 
 

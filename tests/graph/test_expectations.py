@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calibquant.graph import capture, fold_batch_norm, with_biases
 from calibquant.graph.expectations import expected_product, expected_values, normal_of
-from calibquant.graph.ops import weight_of
+from calibquant.graph.nodes import weight_of
 
 
 class Branches(nn.Module):

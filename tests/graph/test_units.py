@@ -9,7 +9,7 @@ from networks import NETWORKS, folded
 from torch import Tensor, fx, nn
 
 from calibquant.graph import capture, units
-from calibquant.graph.ops import weight_of
+from calibquant.graph.nodes import weight_of
 from calibquant.graph.units import MAX_WEIGHTS, cut_points
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibquant.errors import QuantizationError
 from calibquant.export.artifact import artifact_tensors, restore
-from calibquant.graph.ops import activations_of, op_of
+from calibquant.graph.nodes import activations_of, op_of
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, QuantRecipe, ReconstructRecipe, WeightRecipe
 from calibquant.reconstruction import LayerReport, gram, gram_layers, reconstruct, round_weights
