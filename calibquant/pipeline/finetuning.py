@@ -165,6 +165,9 @@ def harmed(before: Decisions, after: Decisions) -> bool:
 
     The float network has often learned the images held out by heart; a quantized one begins with what is left of that,
     and may lose an image or two of them while it gets better at others.
+
+    Args:
+        before, after: of the same images, (N,).
     """
     return bool(after.mean() < before.mean()) and mcnemar(before, after) < CHANCE
 
