@@ -127,8 +127,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brecq-reference": _BRECQ_CODE,
     "qdrop-reference": _QDROP_CODE,
     "captq-reference": {**_QDROP_CODE, "quant": {**_QDROP_CODE["quant"], "boundary": "captq"}},
-    # Symmetric per-channel weights and min-max activations, everything integer, as most 8-bit toolkits do; Gram rounding
-    # and bias correction pay for the bit that weights lose where kernels of some processors would saturate.
+    # Symmetric per-channel weights and min-max activations, everything integer, as most 8-bit toolkits do. Gram
+    # rounding and bias correction make up for the bit that weights lose where kernels of some processors saturate.
     "int8": {
         "quant": {
             "placement": "integer",
