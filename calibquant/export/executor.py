@@ -16,7 +16,7 @@ import torch
 
 from calibquant.export import kernels
 from calibquant.export.kernels import Codes, Floats
-from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, Program, Step, names_of
+from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Array = npt.NDArray[Any]
@@ -92,8 +92,8 @@ class _Run:
 
     def compute(self, step: Step) -> Array:
         """The value of a step: codes if it has a grid, else float32."""
-        if step.op == LEVELS:
-            return self._leveled(step)
+        if step.op == TABLE:
+            return self._looked_up(step)
         if step.on_codes:
             return self._moved(step)
         if step.is_product:
@@ -121,11 +121,10 @@ class _Run:
         moved = OPS[step.op].run(*inputs, **step.attributes).numpy()
         return (moved + grid.zero_point).astype(np.uint8)
 
-    def _leveled(self, step: Step) -> Codes:
-        """Each code's nearest level."""
-        assert step.grid is not None
-        table = kernels.level_table(step.grid)
-        return table[self.values[step.inputs[0]]]
+    def _looked_up(self, step: Step) -> Codes:
+        """What the table gives for each code."""
+        assert step.table is not None
+        return step.table[self.values[step.inputs[0]]]
 
     def _product(self, step: Step) -> Array:
         """A convolution or a linear layer on int32 accumulators."""

@@ -16,11 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibquant.export.kernels import level_table
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph, Shape
 from calibquant.export.onnx_ops import ROWS
-from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
+from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Storage = Literal["packed", "int8"]
@@ -66,8 +65,8 @@ class _DeployFile:
         for step in self.steps:
             if step.op == QUANTIZE:
                 self._quantize(self._float(step.inputs[0]), step)
-            elif step.op == LEVELS:
-                self._to_levels(step)
+            elif step.op == TABLE:
+                self._look_up(step)
             elif step.on_codes:
                 self._on_codes(step)
             elif step.op == "linear" and step.integer and len(self.shapes[step.inputs[0]]) != 2:
@@ -85,12 +84,17 @@ class _DeployFile:
         zero = np.uint8(step.grid.zero_point)
         ROWS[step.op](self._call(step, step.inputs, step.output, zero))
 
-    def _to_levels(self, step: Step) -> None:
-        """Codes looked up in a table of the nearest levels; Gather takes no indices of 8 bits."""
-        assert step.grid is not None
-        table = self.graph.constant(level_table(step.grid), np.uint8)
-        places = self.graph.node("Cast", [step.inputs[0]], self.graph.free(f"{step.output}.index"), to=6)  # INT32
-        self.graph.node("Gather", [table, places], step.output, axis=0)
+    def _look_up(self, step: Step) -> None:
+        """Codes of a table, with all codes in one row: there GatherElements takes 0.9 ms for a million, Gather 8.
+
+        Neither takes indices of 8 bits.
+        """
+        table = self.graph.tensor(f"{step.output}.table", step.table)  # type: ignore[arg-type]
+        row, shape = (self.graph.constant(dims, np.int64) for dims in ((-1,), (-1, *self.shapes[step.output][1:])))
+        codes = self.graph.node("Reshape", [step.inputs[0], row], self.graph.free(f"{step.output}.row"))
+        places = self.graph.node("Cast", [codes], self.graph.free(f"{step.output}.index"), to=6)  # TensorProto.INT32
+        found = self.graph.node("GatherElements", [table, places], self.graph.free(f"{step.output}.found"), axis=0)
+        self.graph.node("Reshape", [found, shape], step.output)
 
     def _computed(self, step: Step) -> None:
         """On dequantized inputs, then rounded; where `step.integer`, ONNX Runtime makes one integer kernel of it."""
