@@ -210,10 +210,13 @@ def _upsample_bilinear(c: Call) -> None:
 
 
 def _factor_to(after: int, before: int, wanted: float) -> np.float32:
-    """The float32 nearest to a factor with which ONNX's output size, rounded down, is `after`."""
+    """The float32 nearest to a factor that gives the output size `after`, rounded down from the product.
+
+    ONNX's shape inference rounds the exact product down, ONNX Runtime the product in float32: both must agree.
+    """
     nearest = np.float32(wanted)
     candidates = (nearest, np.nextafter(nearest, np.float32(np.inf)), np.nextafter(nearest, np.float32(0)))
-    return next(factor for factor in candidates if int(np.float32(before) * factor) == after)
+    return next(f for f in candidates if int(np.float32(before) * f) == int(before * float(f)) == after)
 
 
 def _pixel_shuffle(c: Call) -> None:
