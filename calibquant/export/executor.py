@@ -101,9 +101,11 @@ class _Run:
         fused = self._fused(step)
         if fused is not None:
             return fused
-        if step.op not in EXACT:
-            self.approximate.add(step.output)
-        value = self._float(step)
+        value = self._mean(step)
+        if value is None:
+            if step.op not in EXACT:
+                self.approximate.add(step.output)
+            value = self._float(step)
         return value if step.grid is None else kernels.quantize(value, step.grid)
 
     def floats(self, name: str) -> Array:
@@ -143,6 +145,11 @@ class _Run:
         if step.op not in _FUSED or step.grid is None or len(sources) < len(grids):
             return None
         return _FUSED[step.op](step, [self.values[name] for name in names], sources, step.grid)
+
+    def _mean(self, step: Step) -> Floats | None:
+        """A mean of codes, whose sum has no order; None for other steps."""
+        grid = self.grids.get(step.inputs[0]) if step.op == "mean" else None
+        return None if grid is None else kernels.mean(self.values[step.inputs[0]], grid, **step.attributes)
 
     def _float(self, step: Step) -> Array:
         """A canonical op on float32 values."""

@@ -7,6 +7,7 @@ float32 under its own name. Before rounding it is `conv1.unrounded`, before its 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibquant.export.kernels import EXACT_FLOAT32, mean_factor
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph, Shape
 from calibquant.export.onnx_ops import ROWS
@@ -69,6 +71,8 @@ class _DeployFile:
                 self._look_up(step)
             elif step.on_codes:
                 self._on_codes(step)
+            elif step.op == "mean" and self.grids[step.inputs[0]] is not None:
+                self._mean_of_codes(step)
             elif step.op == "linear" and step.integer and len(self.shapes[step.inputs[0]]) != 2:
                 self._linear_of_rows(step)
             else:
@@ -124,6 +128,30 @@ class _DeployFile:
         column = self.graph.constant((-1, 1, 1), np.int64)
         bias = self.graph.node("Reshape", [inputs[2], column], self.graph.free(f"{step.output}.bias.column"))
         self.graph.node("Add", [product, bias], output)
+
+    def _mean_of_codes(self, step: Step) -> None:
+        """The sum of the codes, less that of their zero points, times one factor: no order of adding changes it.
+
+        Whole numbers up to 2^24 are added in float32 without rounding, and as fast as values; larger sums in int32.
+        """
+        source, grid, a = step.inputs[0], self.grids[step.inputs[0]], step.attributes
+        assert grid is not None
+        count = math.prod(self.shapes[source][d] for d in a["dims"])
+        exact, number = (np.float32, 1) if count * grid.high <= EXACT_FLOAT32 else (np.int32, 6)  # TensorProto's
+        output = step.output if step.grid is None else f"{step.output}.unrounded"
+        dims = self.graph.constant(a["dims"], np.int64)
+
+        def add(op: str, *inputs: str, **attributes: Any) -> str:
+            return self.graph.node(op, inputs, self.graph.free(f"{step.output}.{op.lower()}"), **attributes)
+
+        sums = add("ReduceSum", add("Cast", source, to=number), dims, keepdims=int(a["keepdim"]))
+        if grid.zero_point:
+            sums = add("Sub", sums, self.graph.constant(count * grid.zero_point, exact))
+        sums = sums if exact is np.float32 else add("Cast", sums, to=1)
+        factor = self.graph.constant(mean_factor(grid, self.shapes[source], a["dims"]))
+        self.graph.node("Mul", [sums, factor], output)
+        if step.grid is not None:
+            self._quantize(output, step)
 
     def _linear_of_rows(self, step: Step) -> None:
         """A Gemm of matrices between reshapes of codes: MatMul and a float bias would not be one integer kernel."""
