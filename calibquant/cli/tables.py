@@ -30,11 +30,21 @@ def show_result(runs: Sequence[Run]) -> None:
             console.percent(m["quantized"]["top1"]), console.percent(m["quantized"]["agreement"]),
             console.interval(m["quantized"]["agreement_interval"]),
         ])  # fmt: skip
+        if m["deployed"] is not None:
+            rows.append([
+                "  its deploy.onnx", "", console.kilobytes((run.folder / "deploy.onnx").stat().st_size),
+                console.percent(m["deployed"]["top1"]), console.percent(m["deployed"]["agreement"]),
+                console.interval(m["deployed"]["agreement_interval"]),
+            ])  # fmt: skip
     title = (
         f"{first['quantized']['count']} {first['evaluated_on']}, {first['calibration_images']} for calibration; "
         f"placement {first['placement']}, boundary {first['boundary']}"
     )
     console.print_table(title, ["network", "weight bits", "size", "top-1 %", "agreement %", "95 % interval"], rows)
+    for name, reason in {
+        n: r for run in runs for n, r in (run.metrics["parity"] or {}).get("not_written", {}).items()
+    }.items():
+        console.out.print(f"{name} was not written: {reason}")
 
 
 def show_comparison(result: dict[str, Any]) -> None:
@@ -140,7 +150,7 @@ def show_export(result: dict[str, Any]) -> None:
     if "parity" in result:
         _show_parity(result)
     for name, reason in result.get("left_out", {}).items():
-        console.out.print(f"{name} is left out: {reason}")
+        console.out.print(f"{name} was not written: {reason}")
     for text in result.get("notes", ()):
         console.out.print(f"Note: {text}")
     if result.get("audit"):
@@ -154,15 +164,17 @@ def _show_parity(result: dict[str, Any]) -> None:
         flips = file["flips"]
         changed = "–" if file["decisions"] is None else f"{len(flips)} of {file['decisions']}"
         rows.append([
-            file["file"], file["against"], f"{file['relative']:.1e}", changed,
+            file["file"], file["against"], str(file["images"]), f"{file['relative']:.1e}", changed,
             "–" if not flips else f"{sum(flip['within'] for flip in flips)} of {len(flips)}",
         ])  # fmt: skip
     title = f"Parity in ONNX Runtime {parity['runtime']} on {parity['images']} {result['of']}"
-    header = ["file", "against", "largest difference", "decisions changed", "of these within the logit error"]
+    header = ["file", "against", "images", "largest difference", "decisions changed", "of these within the logit error"]
     console.print_table(title, header, rows)
     for other in ("simulation", "executor"):
         if parity[other]:
             console.out.print(_code_line(parity[other], other, parity["approximate"]))
+    if parity["exact_on"]:
+        console.out.print(f"deploy.onnx is exact on {parity['exact_on']}")
 
 
 def _code_line(rows: Sequence[dict[str, Any]], other: str, approximate: Sequence[str]) -> str:
@@ -172,7 +184,7 @@ def _code_line(rows: Sequence[dict[str, Any]], other: str, approximate: Sequence
         worst = max(rows, key=lambda row: row["largest"])
         text += f", by up to {worst['largest']} steps ({worst['step']})"
     if other == "executor" and approximate:
-        text += f"; {len(approximate)} steps need not be equal"
+        text += f"; computed in float, within one step of the grid: {', '.join(approximate)}"
     return text
 
 
@@ -180,11 +192,11 @@ def _show_audit(audit: Sequence[dict[str, Any]]) -> None:
     rows = [
         [
             row["step"], row["op"], str(row["products"]), f"{row['largest']:,}", str(row["bits"]),
-            "none" if row["fits"] is None else f"int{row['fits']}",
+            "none" if row["fits"] is None else f"int{row['fits']}", row["pairs"],
         ]
         for row in audit
     ]  # fmt: skip
-    header = ["layer", "op", "products", "largest sum", "bits", "fits"]
+    header = ["layer", "op", "products", "largest sum", "bits", "fits", "pairs in 16 bits"]
     console.print_table("Accumulators in the worst case", header, rows)
     narrow, wide = (sum((row["fits"] or 64) <= width for row in audit) for width in (16, 32))
     console.out.print(f"{narrow} of {len(audit)} layers fit int16 accumulators, {wide} int32")

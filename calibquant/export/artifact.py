@@ -192,6 +192,7 @@ def save_artifact(model: QuantModel, folder: RunFolder) -> None:
         "format_version": FORMAT_VERSION,
         "placement": plan.placement,
         "boundary": plan.boundary,
+        **({} if plan.reach == "auto" else {"reach": plan.reach}),
         "nodes": to_json(model.teacher.graph),
         "weights": {n: {"shape": shapes[n], **p.to_json()} for n, p in plan.weights.items()},
         "activations": [{"node": n, **p.to_json()} for n, p in plan.activations.items()],
@@ -259,6 +260,7 @@ def plan_of(description: dict[str, Any]) -> QuantPlan:
         {row["node"]: TensorPlan.from_json(row) for row in description["activations"]},
         description["placement"],
         description["boundary"],
+        description.get("reach", "auto"),
     )
 
 

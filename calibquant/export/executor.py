@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from calibquant.export import kernels
+from calibquant.export.audit import in_pairs
 from calibquant.export.kernels import Codes, Floats
 from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, Program, Step, names_of
 from calibquant.graph.ops import OPS
@@ -46,13 +47,22 @@ class Execution:
     approximate: frozenset[str]
 
 
-def execute(program: Program, images: Array | Sequence[Array], keep: bool = False) -> Execution:
+def execute(
+    program: Program,
+    images: Array | Sequence[Array],
+    keep: bool = False,
+    given: Mapping[str, Array] | None = None,
+    saturating: bool = False,
+) -> Execution:
     """Run an integer program.
 
     Args:
         program: what to run.
         images: float32 (N, C, H, W), or whatever the network takes; a sequence of arrays if it takes several.
         keep: keep the value of every step.
+        given: codes by step. Each step that reads such a value is fed these codes instead of the executor's own, so
+            that every step can be compared with a runtime by itself.
+        saturating: compute as ONNX Runtime does on x86 without VNNI, whose kernels add two products in 16 bits.
 
     Returns:
         the output, and the values if they are kept.
@@ -67,20 +77,22 @@ def execute(program: Program, images: Array | Sequence[Array], keep: bool = Fals
     inputs = (images,) if isinstance(images, np.ndarray) else tuple(images)
     if len(inputs) != len(program.inputs):
         raise ValueError(f"the program takes {len(program.inputs)} inputs, not {len(inputs)}")
-    run = _Run(program, dict(zip(program.inputs, inputs, strict=True)))
+    run, given = _Run(program, dict(zip(program.inputs, inputs, strict=True)), saturating), given or {}
+    made: dict[str, Array] = {}
     for position, step in enumerate(program.steps):
-        run.values[step.output] = run.compute(step)
-        if not keep:
-            run.forget(position)
-    made = {step.output: run.values[step.output] for step in program.steps} if keep else {}
+        value = run.compute(step)
+        if keep:
+            made[step.output] = value
+        run.values[step.output] = given.get(step.output, value)
+        run.forget(position)
     return Execution(run.floats(program.output), made, frozenset(run.approximate))
 
 
 class _Run:
     """The values of a program for one batch."""
 
-    def __init__(self, program: Program, inputs: dict[str, Array]) -> None:
-        self.program, self.grids = program, program.grids
+    def __init__(self, program: Program, inputs: dict[str, Array], saturating: bool) -> None:
+        self.program, self.grids, self.saturating = program, program.grids, saturating
         self.values: dict[str, Array] = dict(inputs)
         self.approximate: set[str] = set()
         self.last = {name: i for i, step in enumerate(program.steps) for name in names_of(step.inputs)}
@@ -103,7 +115,8 @@ class _Run:
             return fused
         value = self._mean(step)
         if value is None:
-            if step.op not in EXACT:
+            floats = {name for name in names_of(step.inputs) if self.grids.get(name) is None}
+            if step.op not in EXACT or floats & self.approximate:
                 self.approximate.add(step.output)
             value = self._float(step)
         return value if step.grid is None else kernels.quantize(value, step.grid)
@@ -130,7 +143,8 @@ class _Run:
 
     def _product(self, step: Step) -> Array:
         """A convolution or a linear layer on int32 accumulators."""
-        sums, multiplier = sums_of(step, self.values[step.inputs[0]], self.grids), multiplier_of(step, self.grids)
+        sums = sums_of(step, self.values[step.inputs[0]], self.grids, self.saturating)
+        multiplier = multiplier_of(step, self.grids)
         if step.grid is None:
             return sums.astype(np.float32) * multiplier
         shape = [1] * sums.ndim
@@ -173,25 +187,30 @@ def _tensors(inputs: Any, value: Callable[[str], Array]) -> Any:
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def sums_of(step: Step, codes: Codes, grids: Grids) -> kernels.Sums:
+def sums_of(step: Step, codes: Codes, grids: Grids, saturating: bool = False) -> kernels.Sums:
     """The int32 accumulators of an integer product, as float64.
 
     Args:
         step: a convolution or a linear layer with `integer`.
         codes: what it reads.
         grids: of its program.
+        saturating: as kernels of x86 without VNNI sum; see `kernels.lost_in_pairs`.
     """
     grid, weight, a = grids[step.inputs[0]], step.weight, step.attributes
     assert grid is not None
     assert weight is not None
-    x = kernels.centered(codes, grid)
+    pairs = saturating and in_pairs(step)
     if step.op == "linear":
-        return kernels.multiply_matrix(x, weight.centered, step.bias)
+        sums = kernels.multiply_matrix(kernels.centered(codes, grid), weight.centered, step.bias)
+        return sums - kernels.lost_in_pairs(codes, weight.centered) if pairs else sums
+    image, kernel, settings = codes, weight.centered, dict(step.attributes)
     if step.op == "conv1d":  # an image of one row
-        settings = {"stride": (1, a["stride"]), "padding": (0, a["padding"]), "dilation": (1, a["dilation"])}
-        kernel = weight.centered[:, :, None]
-        return kernels.convolve(x[:, :, None], kernel, step.bias, groups=a["groups"], **settings)[:, :, 0]
-    return kernels.convolve(x, weight.centered, step.bias, **a)
+        image, kernel = image[:, :, None], kernel[:, :, None]
+        settings |= {"stride": (1, a["stride"]), "padding": (0, a["padding"]), "dilation": (1, a["dilation"])}
+    sums = kernels.convolve(kernels.centered(image, grid), kernel, step.bias, **settings)
+    if pairs:
+        sums = sums - kernels.lost_in_convolution(image, kernel, np.uint8(grid.zero_point), **settings)
+    return sums[:, :, 0] if step.op == "conv1d" else sums
 
 
 def multiplier_of(step: Step, grids: Grids) -> Floats:

@@ -16,6 +16,7 @@ import torch
 
 from calibquant.export.program import ActivationGrid
 from calibquant.numerics.levels import nearest_levels
+from calibquant.numerics.reach import INT16_MAX
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -112,6 +113,61 @@ def multiply_matrix(x: Centered, weight: npt.NDArray[np.int8], bias: npt.NDArray
     exact = _exact_type(x, weight)
     sums = (x.astype(exact) @ weight.T.astype(exact)).astype(np.float64)
     return sums if bias is None else sums + bias
+
+
+def lost_in_convolution(
+    codes: Codes,
+    weight: npt.NDArray[np.int8],
+    zero: np.uint8,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Sums:
+    """`lost_in_pairs` of a convolution, whose kernel pairs neighbouring channels of one position.
+
+    Args:
+        codes: (N, C, H, W).
+        weight: centered, (O, C / groups, KH, KW).
+        zero: code of the padding.
+
+    Returns:
+        (N, O, OH, OW).
+    """
+    padded = np.pad(codes, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2), constant_values=zero)
+    windows = _windows(padded, weight.shape[2:], stride, dilation).transpose(0, 2, 3, 4, 5, 1)
+    parts = np.split(windows, groups, axis=-1)
+    rows = weight.transpose(0, 2, 3, 1).reshape(groups, len(weight) // groups, -1)
+    lost = [lost_in_pairs(p.reshape(*p.shape[:3], -1), own) for p, own in zip(parts, rows, strict=True)]
+    return np.concatenate(lost, axis=-1).transpose(0, 3, 1, 2)
+
+
+def lost_in_pairs(codes: Codes, weight: npt.NDArray[np.int8]) -> Sums:
+    """What saturation takes from sums of products where a kernel adds two neighbours in 16 bits (vpmaddubsw).
+
+    Kernels multiply the codes themselves, and take off the zero point's share of the sum afterwards. Pairs that cannot
+    leave int16 whatever the codes are lose nothing, and are passed over.
+
+    Args:
+        codes: (..., K).
+        weight: centered, (O, K).
+
+    Returns:
+        the exact sum less the saturated one, (..., O).
+    """
+    odd = codes.shape[-1] % 2
+    x = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)]).astype(np.int32)
+    w = np.pad(weight, ((0, 0), (0, odd))).astype(np.int32)
+    left, right = w[:, ::2], w[:, 1::2]
+    most = 255 * (left.clip(min=0) + right.clip(min=0)), 255 * (left.clip(max=0) + right.clip(max=0))
+    suspect = (most[0] > INT16_MAX) | (most[1] < -INT16_MAX - 1)
+    lost = np.zeros((*codes.shape[:-1], len(weight)))
+    for pair in np.flatnonzero(suspect.any(axis=0)):
+        rows = np.flatnonzero(suspect[:, pair])
+        sums = x[..., 2 * pair, None] * left[rows, pair] + x[..., 2 * pair + 1, None] * right[rows, pair]
+        lost[..., rows] += sums - sums.clip(-INT16_MAX - 1, INT16_MAX)
+    return lost
 
 
 def product_scale(source: np.float32, weight: Floats) -> Floats:

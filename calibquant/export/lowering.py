@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.errors import QuantizationError
+from calibquant.export.audit import saturating_channels
 from calibquant.export.functions import Function, function_of, identity_of
 from calibquant.export.kernels import level_table
 from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, IntegerWeight, Program, Step, names_of
@@ -147,7 +148,18 @@ class _Lowering:
             self.notes.append(
                 f"{node.name} ({op.name}) is computed in float, with its weight stored in {weight.stored_bits} bits"
             )
-        self._add(Step(op.name, tuple(inputs), output, node.kwargs, grid, weight, bias, integer=integer))
+        step = Step(op.name, tuple(inputs), output, node.kwargs, grid, weight, bias, integer=integer)
+        self._add(self._within_reach(step) if step.is_product else step)
+
+    def _within_reach(self, step: Step) -> Step:
+        """The step with its weight in the form that no processor saturates, unless the plan asks for full reach."""
+        if self.model.plan.reach == "full" or not saturating_channels(step, self.grids).any():
+            return step
+        assert step.weight is not None
+        self.notes.append(
+            f"{step.output} ({step.op}): its weight is stored as uint8, because pairs of products pass 16 bits"
+        )
+        return replace(step, weight=replace(step.weight, offset=128))
 
     def _result(self, node: fx.Node) -> tuple[fx.Node, ActivationGrid | None]:
         """Where a node's value is quantized, behind functions that only limit it; without a grid, the node itself."""

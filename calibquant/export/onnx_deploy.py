@@ -229,23 +229,30 @@ class _DeployFile:
         container = container_of(weight) if self.storage == "packed" else None
         scale = self.graph.tensor(f"{weight.name}.scale", weight.scale)
         if container is None:
-            codes = self.graph.tensor(f"{weight.name}.codes", weight.centered)
+            codes = self.graph.tensor(f"{weight.name}.codes", _kernel_codes(weight, weight.centered))
         elif weight.levels is not None:
             codes = self._from_levels(weight, weight.levels, container)
         else:
-            stored = self.graph.tensor(f"{weight.name}.codes", weight.codes, container)
-            codes = self._cached("Cast", [stored], f"{stored}.wide", to=6)  # TensorProto.INT32, which Mul takes
-            if weight.zero_point.any():
-                zero = weight.zero_point.reshape([-1 if a == weight.axis else 1 for a in range(weight.codes.ndim)])
-                name = self.graph.tensor(f"{weight.name}.zero_point", zero.astype(np.int32))
-                codes = self._cached("Sub", [codes, name], f"{stored}.centered")
-            factor = self.graph.constant(1 << weight.shift, np.int32)
-            codes = self._cached("Mul", [codes, factor], f"{stored}.shifted")
-            codes = self._cached("Cast", [codes], f"{stored}.int8", to=3)  # TensorProto.INT8
-        zeros = self.graph.constant(np.zeros(weight.scale.shape), np.int8)
+            codes = self._unpacked(weight, container)
+        zeros = self.graph.constant(np.full(weight.scale.shape, weight.offset), np.uint8 if weight.offset else np.int8)
         return self.graph.node(
             "DequantizeLinear", [codes, scale, zeros], f"{step.output}.weight.float", axis=weight.axis
         )
+
+    def _unpacked(self, weight: IntegerWeight, container: str) -> str:
+        """The weight as its kernel takes it, computed from codes of less than a byte when the file is loaded."""
+        stored = self.graph.tensor(f"{weight.name}.codes", weight.codes, container)
+        codes = self._cached("Cast", [stored], f"{stored}.wide", to=6)  # TensorProto.INT32, which Mul takes
+        if weight.zero_point.any():
+            zero = weight.zero_point.reshape([-1 if a == weight.axis else 1 for a in range(weight.codes.ndim)])
+            name = self.graph.tensor(f"{weight.name}.zero_point", zero.astype(np.int32))
+            codes = self._cached("Sub", [codes, name], f"{stored}.centered")
+        factor = self.graph.constant(1 << weight.shift, np.int32)
+        codes = self._cached("Mul", [codes, factor], f"{stored}.shifted")
+        if weight.offset:
+            codes = self._cached("Add", [codes, self.graph.constant(weight.offset, np.int32)], f"{stored}.offset")
+            return self._cached("Cast", [codes], f"{stored}.uint8", to=2)  # TensorProto.UINT8
+        return self._cached("Cast", [codes], f"{stored}.int8", to=3)  # TensorProto.INT8
 
     def _from_levels(self, weight: IntegerWeight, levels: npt.NDArray[np.int8], container: str) -> str:
         """The int8 weight as packed places among its levels, looked up."""
@@ -256,8 +263,8 @@ class _DeployFile:
             shape = [-1 if a == weight.axis else 1 for a in range(weight.codes.ndim)]
             offsets = self.graph.tensor(f"{weight.name}.first_level", first.reshape(shape))
             places = self._cached("Add", [places, offsets], f"{stored}.places")
-        table = self.graph.tensor(f"{weight.name}.levels", levels.reshape(-1))
-        return self._cached("Gather", [table, places], f"{stored}.int8", axis=0)
+        table = self.graph.tensor(f"{weight.name}.levels", _kernel_codes(weight, levels.reshape(-1)))
+        return self._cached("Gather", [table, places], f"{stored}.{'uint8' if weight.offset else 'int8'}", axis=0)
 
     def _bias(self, step: Step) -> str:
         """The int32 bias, on the scale of the product's accumulator."""
@@ -296,6 +303,11 @@ class _DeployFile:
             ),
             "calibquant.notes": text(list(self.program.notes)),
         }
+
+
+def _kernel_codes(weight: IntegerWeight, centered: npt.NDArray[np.int8]) -> npt.NDArray[Any]:
+    """Centered codes in the form that the weight's kernel takes: int8, or uint8 around 128."""
+    return (centered.astype(np.int16) + weight.offset).astype(np.uint8) if weight.offset else centered
 
 
 def container_of(weight: IntegerWeight) -> str | None:

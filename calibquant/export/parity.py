@@ -1,18 +1,16 @@
-"""Parity: what exported files compute in ONNX Runtime, compared with the simulation and the integer executor.
+"""Parity: what exported files compute in ONNX Runtime, compared with what they stand for.
 
-Every file is opened in a default session. Outputs are compared with the network that the file stands for, and the codes
-of the integer network with the simulation's and the executor's, value by value. The simulation is computed in float64:
-in float32 its own rounding errors carry values near a tie to another code than the integer network's exact sums do.
+Every file is opened in a default session. float.onnx and fake_quant.onnx are compared by their outputs. deploy.onnx is
+compared with the integer network, code by code, and by its decisions; also with the simulation, which is computed in
+float64 here: in float32 its own rounding errors carry values near a tie to another code than the exact sums do.
 """
 
 from __future__ import annotations
 
 import copy
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +18,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibquant.errors import ModelError, RunFolderError
+from calibquant.errors import ModelError
+from calibquant.export.audit import saturating_steps
+from calibquant.export.code_parity import CodeParity, Codes, simulated_codes
 from calibquant.export.executor import execute
-from calibquant.export.onnx_files import with_outputs
-from calibquant.export.program import Program, Step, names_of
+from calibquant.export.processor import EVERY, NOT_SATURATING, runtime_saturates
+from calibquant.export.program import Program
 from calibquant.export.session import Session, open_session
-from calibquant.numerics.affine import aligned
+from calibquant.parallel import images_at_once
 from calibquant.quantization import QuantModel
 
 FLOAT, FAKE_QUANT, DEPLOY = "float.onnx", "fake_quant.onnx", "deploy.onnx"
-NETWORK, SIMULATION = "float network", "simulation"
-IMAGES = 64  # calibration images that an export is checked on
-CHUNK = 8  # images at a time: every value of the network is held at once, three times
+NETWORK, SIMULATION, INTEGER = "float network", "simulation", "integer network"
+IMAGES = 256  # that the decisions of deploy.onnx are compared on
+CODED = 32  # of these, whose every code and every file's outputs are compared
+VALUES, FEWEST = 256 * 3 * 224 * 224, 16  # of large images as many are compared as hold so many values, or so few
+CHUNK = 8  # images at a time at the most: every value of the network is held at once, three times
 RELATIVE = 1e-3  # bound on float.onnx: of the largest output
 CHANGED, CHANGED_AT_LEAST = 0.01, 2  # bound on changed decisions: a share, or a number on few images
-CPU_INFO = Path("/proc/cpuinfo")
-MEAN = 0.01  # bound on outputs that are no logits: mean difference, of the largest output
+MEAN = 0.01  # bound on the mean difference of outputs, of the largest output
+REPORT = "report it with the recipe and the version of ONNX Runtime"
+AVX2 = "this processor (x86 without VNNI) saturates sums of 8-bit products"
 
 Array = npt.NDArray[Any]
+Chunk = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class FileParity:
 
     Args:
         file: its name.
-        against: NETWORK or SIMULATION.
+        against: NETWORK, SIMULATION or INTEGER.
+        images: how many were compared.
         relative: largest difference of an output, relative to the largest output (at least 1).
         largest: largest difference of an output.
         mean: mean difference of the outputs, relative as above.
@@ -74,6 +79,7 @@ class FileParity:
 
     file: str
     against: str
+    images: int
     relative: float
     largest: float
     mean: float
@@ -82,37 +88,20 @@ class FileParity:
 
 
 @dataclass(frozen=True)
-class CodeParity:
-    """The codes of one step of the integer network.
-
-    Args:
-        step: name of its value.
-        count: codes compared.
-        differing: codes that differ.
-        largest: largest difference in steps of the grid.
-    """
-
-    step: str
-    count: int
-    differing: int
-    largest: int
-
-
-@dataclass(frozen=True)
 class Parity:
     """How far exported files are from what they stand for.
 
     Args:
-        images: how many were compared.
+        images: how many were compared; codes, and outputs of the other files, on the first CODED of them.
         files: each file's outputs.
         simulation: codes of deploy.onnx against the simulation.
-        executor: codes of deploy.onnx against the integer executor.
-        approximate: steps whose codes need not equal the executor's: ONNX Runtime computes them in float32 in an order
-            of its own, or they read such values.
+        executor: codes of deploy.onnx against the integer executor, each step fed the runtime's own codes.
+        approximate: steps computed in float, whose codes may differ from the executor's by one step of the grid.
+        faults: file -> why it must not be used; it deviates beyond its bound, or does not run.
         runtime: version of ONNX Runtime.
         threads: of each session; None left it to ONNX Runtime.
-        saturating: this machine's 8-bit kernels may saturate sums of this network (x86 without VNNI), so that codes
-            may differ from the executor's.
+        exact_on: the processors on which deploy.onnx gives the integer network's codes; empty without deploy.onnx.
+        saturating: this machine's 8-bit kernels add pairs of products in 16 bits (x86 without VNNI).
     """
 
     images: int
@@ -120,8 +109,10 @@ class Parity:
     simulation: tuple[CodeParity, ...] = ()
     executor: tuple[CodeParity, ...] = ()
     approximate: tuple[str, ...] = ()
+    faults: Mapping[str, str] = field(default_factory=dict)
     runtime: str = ""
     threads: int | None = None
+    exact_on: str = ""
     saturating: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,11 +120,34 @@ class Parity:
         return asdict(self)
 
 
+def in_chunks(images: Tensor | Sequence[Tensor]) -> Iterator[Chunk]:
+    """Images, one tensor (N, ...) for each input, in chunks that `check_parity` can hold with all their values."""
+    inputs = (images,) if isinstance(images, Tensor) else tuple(images)
+    size = chunk_size(inputs[0].shape)
+    for i in range(0, len(inputs[0]), size):
+        yield tuple(x[i : i + size].detach().cpu() for x in inputs)
+
+
+def chunk_size(shape: Sequence[int]) -> int:
+    """How many images of a shape (N, ...) are compared at a time."""
+    return images_at_once(shape, CHUNK)
+
+
+def image_count(shape: Sequence[int], most: int = IMAGES) -> int:
+    """How many images of a shape (N, ...) are compared: `most`, or fewer where they are large.
+
+    Example:
+        >>> image_count((1, 3, 32, 32)), image_count((1, 3, 500, 500)), image_count((1, 3, 2000, 2000))
+        (256, 51, 16)
+    """
+    return min(most, max(FEWEST, VALUES // math.prod(shape[1:])))
+
+
 def check_parity(
     files: Mapping[str, bytes],
     model: QuantModel,
     program: Program | None,
-    images: Tensor | Sequence[Tensor],
+    chunks: Iterable[Chunk],
     threads: int | None = None,
 ) -> Parity:
     """Compare exported files with what they stand for.
@@ -142,73 +156,131 @@ def check_parity(
         files: bytes by name; FLOAT, FAKE_QUANT and DEPLOY are compared as far as they are there.
         model: the quantized network; its teacher stands for FLOAT.
         program: its integer program, for DEPLOY.
-        images: what enters the network, (N, ...); one tensor for each of its inputs.
+        chunks: what enters the network, some images at a time, see `in_chunks`.
         threads: of each session; None leaves it to ONNX Runtime.
 
-    Raises:
-        RunFolderError: a file does not load, or deviates beyond its bound.
+    Returns:
+        what was found. A file that does not run or deviates beyond its bound is among the `faults`.
     """
-    inputs = (images,) if isinstance(images, Tensor) else tuple(images)
-    try:
-        parity = _measure(files, model, program, inputs, threads)
-    except ModelError as error:
-        raise RunFolderError(error.where, error.problem, error.mend) from error
-    _check(parity)
-    return parity
+    comparison = _Comparison(files, model, program, threads)
+    for chunk in chunks:
+        comparison.add(tuple(x.detach().cpu() for x in chunk))
+    return comparison.result()
 
 
-def _measure(
-    files: Mapping[str, bytes],
-    model: QuantModel,
-    program: Program | None,
-    inputs: tuple[Tensor, ...],
-    threads: int | None,
-) -> Parity:
-    sessions = {name: open_session(name, files[name], threads) for name in (FLOAT, FAKE_QUANT, DEPLOY) if name in files}
-    exact, codes = copy.deepcopy(model).double(), None
-    if DEPLOY in files and program is not None:
-        codes = _Codes(files[DEPLOY], program, model, threads)
-    outputs: dict[str, list[Array]] = {name: [] for name in (NETWORK, SIMULATION, *sessions)}
-    for chunk in _chunks(inputs):
-        arrays = tuple(x.numpy() for x in chunk)
+class _Comparison:
+    """The outputs of files and of what they stand for, chunk by chunk."""
+
+    def __init__(
+        self, files: Mapping[str, bytes], model: QuantModel, program: Program | None, threads: int | None
+    ) -> None:
+        self.model, self.program, self.threads = model, program, threads
+        self.exact = copy.deepcopy(model).double()
+        self.faults: dict[str, str] = {}
+        self.sessions: dict[str, Session] = {}
+        self.codes: Codes | None = None
+        for name in (FLOAT, FAKE_QUANT, DEPLOY):
+            if name in files:
+                self._attempt(name, lambda name=name: self._open(name, files[name]))
+        self.runtime = next((s.runtime for s in self.sessions.values()), "")
+        self.compared = [name for name in (FLOAT, FAKE_QUANT, DEPLOY) if name in files]
+        self.outputs: dict[str, list[Array]] = {n: [] for n in (NETWORK, SIMULATION, INTEGER, *self.compared)}
+        self.images = 0
+
+    def _open(self, name: str, data: bytes) -> None:
+        self.sessions[name] = open_session(name, data, self.threads)
+        if name == DEPLOY and self.program is not None:
+            self.codes = Codes(data, self.program, self.model, self.threads)
+
+    def _attempt(self, name: str, what: Any) -> Any:
+        """The result of something that a file may fail at; its first failure ends its comparison."""
+        if name in self.faults:
+            return None
+        try:
+            return what()
+        except ModelError as error:
+            self.faults[name] = f"{error.problem}; {error.mend}"
+            return None
+
+    def add(self, chunk: Chunk) -> None:
+        """Compare some images: everything on the first CODED, the decisions of deploy.onnx on all."""
+        arrays, whole = tuple(x.numpy() for x in chunk), self.images < CODED
+        self.images += len(arrays[0])
+        for name in self.compared:
+            if whole or name == DEPLOY:
+                self._run(name, arrays)
+        if whole:
+            self._references(chunk, arrays)
+        elif self.program is not None and DEPLOY not in self.faults:
+            self.outputs[INTEGER].append(execute(self.program, arrays).output)
+
+    def _run(self, name: str, arrays: tuple[Array, ...]) -> None:
+        got = self._attempt(name, lambda: self.sessions[name].run(*arrays)[0])
+        if got is not None:
+            self.outputs[name].append(got)
+
+    def _references(self, chunk: Chunk, arrays: tuple[Array, ...]) -> None:
         with torch.inference_mode():
-            outputs[NETWORK].append(model.teacher(*chunk).numpy())
-        with _simulated_codes(exact) as simulated, torch.inference_mode():
+            self.outputs[NETWORK].append(self.model.teacher(*chunk).numpy())
+        with simulated_codes(self.exact) as simulated, torch.inference_mode():
             wide = (x.double() if x.is_floating_point() else x for x in chunk)
-            outputs[SIMULATION].append(exact(*wide).float().numpy())
-        for name, session in sessions.items():
-            outputs[name].append(session.run(*arrays)[0])
-        if codes is not None:
-            codes.add(arrays, simulated)
-    joined = {name: np.concatenate(parts) for name, parts in outputs.items()}
-    stands_for = {name: NETWORK if name == FLOAT else SIMULATION for name in sessions}
-    compared = tuple(_file_parity(name, other, joined[other], joined[name]) for name, other in stands_for.items())
-    return Parity(
-        len(inputs[0]),
-        compared,
-        *(((), (), ()) if codes is None else codes.result()),
-        runtime=next((s.runtime for s in sessions.values()), ""),
-        threads=threads,
-        saturating=program is not None and _saturates(program),
-    )
+            self.outputs[SIMULATION].append(self.exact(*wide).float().numpy())
+        if self.codes is not None:
+            codes = self.codes
+            done = self._attempt(DEPLOY, lambda: codes.add(arrays, simulated))
+            if done is not None:
+                self.outputs[INTEGER].append(done)
 
+    def result(self) -> Parity:
+        """What was found."""
+        rows = []
+        for name in self.compared:
+            for against in self._stands_for(name):
+                row = self._row(name, against)
+                if row is not None:
+                    rows.append(row)
+                    problem = _beyond(row)
+                    if problem is not None:
+                        self.faults.setdefault(name, f"{problem}; {REPORT}")
+        deployed = DEPLOY in self.compared and self.program is not None
+        suspects = saturating_steps(self.program) if deployed and self.program is not None else []
+        codes = None if self.codes is None else self.codes.result()
+        if codes is not None and codes.fault is not None:
+            self.faults[DEPLOY] = _reason(codes.fault, suspects, self.runtime)
+        return Parity(
+            self.images,
+            tuple(rows),
+            *((), (), ()) if codes is None else (codes.simulation, codes.executor, codes.approximate),
+            faults=self.faults,
+            runtime=self.runtime,
+            threads=self.threads,
+            exact_on="" if not deployed else NOT_SATURATING if suspects else EVERY,
+            saturating=deployed and runtime_saturates(),
+        )
 
-def _chunks(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    for i in range(0, len(inputs[0]), CHUNK):
-        yield tuple(x[i : i + CHUNK].detach().cpu() for x in inputs)
+    def _stands_for(self, name: str) -> tuple[str, ...]:
+        integer = (INTEGER,) if self.program is not None else ()
+        return {FLOAT: (NETWORK,), FAKE_QUANT: (SIMULATION,)}.get(name, (SIMULATION, *integer))
+
+    def _row(self, name: str, against: str) -> FileParity | None:
+        if name in self.faults or not self.outputs[against]:
+            return None
+        want, got = np.concatenate(self.outputs[against]), np.concatenate(self.outputs[name])
+        return _file_parity(name, against, want, got[: len(want)])
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def _file_parity(name: str, against: str, want: Array, got: Array) -> FileParity:
+    count = len(want)
     if want.shape != got.shape or not np.isfinite(got).all():
-        return FileParity(name, against, np.inf, np.inf, np.inf, None)
+        return FileParity(name, against, count, np.inf, np.inf, np.inf, None)
     difference = np.abs(want.astype(np.float64) - got)
     scale, largest = max(1.0, float(np.abs(want).max(initial=0))), float(difference.max(initial=0))
     logits = want.ndim == 2 and want.shape[1] > 1
     return FileParity(
-        name, against, largest / scale, largest, float(difference.mean()) / scale, len(want) if logits else None,
+        name, against, count, largest / scale, largest, float(difference.mean()) / scale, count if logits else None,
         tuple(_flips(want, got, largest)) if logits else (),
     )  # fmt: skip
 
@@ -221,148 +293,27 @@ def _flips(want: Array, got: Array, error: float) -> Iterator[Flip]:
         yield Flip(int(i), int(before[i]), int(after[i]), margin, margin <= error)
 
 
-# --- codes ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Tally:
-    count: int = 0
-    differing: int = 0
-    largest: int = 0
-
-    def add(self, want: Array, got: Array) -> None:
-        difference = np.abs(want.astype(np.int32) - got.astype(np.int32).reshape(want.shape))
-        self.count += difference.size
-        self.differing += int(np.count_nonzero(difference))
-        self.largest = max(self.largest, int(difference.max(initial=0)))
-
-
-@dataclass
-class _Codes:
-    """Compares the codes of deploy.onnx, chunk by chunk."""
-
-    data: bytes
-    program: Program
-    model: QuantModel
-    threads: int | None
-    simulation: dict[str, _Tally] = field(default_factory=dict)
-    executor: dict[str, _Tally] = field(default_factory=dict)
-    approximate: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        steps = [step.output for step in self.program.steps if step.grid is not None]
-        self.session: Session = open_session(DEPLOY, with_outputs(self.data, steps), self.threads)
-        self.steps = [name for name in steps if name in self.session.outputs]
-        self.sites = {name: site for step in self.program.steps if (name := step.output) in self.steps
-                      and (site := _site(step, self.model)) is not None}  # fmt: skip
-
-    def add(self, inputs: tuple[Array, ...], simulated: Mapping[str, Array]) -> None:
-        """Compare the codes of some images."""
-        values = dict(zip(self.session.outputs, self.session.run(*inputs), strict=True))
-        done = execute(self.program, inputs, keep=True)
-        self.approximate |= set(done.approximate)
-        for name in self.steps:
-            self.executor.setdefault(name, _Tally()).add(done.values[name], values[name])
-            if name in self.sites:
-                self.simulation.setdefault(name, _Tally()).add(simulated[self.sites[name]], values[name])
-
-    def result(self) -> tuple[tuple[CodeParity, ...], tuple[CodeParity, ...], tuple[str, ...]]:
-        """The codes against the simulation and the executor, and the steps that need not be equal."""
-        rows = (
-            tuple(CodeParity(name, t.count, t.differing, t.largest) for name, t in tallies.items())
-            for tallies in (self.simulation, self.executor)
-        )
-        return next(rows), next(rows), _downstream(self.program, self.approximate)
-
-
-def _site(step: Step, model: QuantModel) -> str | None:
-    """The quantizer of the simulation that makes a step's codes; None where it makes them elsewhere."""
-    name = step.output.removesuffix(".codes")
-    quantizer = model.activation_quantizers.get(name)
-    if quantizer is None or step.grid is None:
-        return None
-    scale, zero_point = quantizer.get()
-    return name if (np.float32(scale.item()), int(zero_point)) == (step.grid.scale, step.grid.zero_point) else None
-
-
-@contextmanager
-def _simulated_codes(model: QuantModel) -> Iterator[dict[str, Array]]:
-    """The codes that the quantizers of the simulation give within the context."""
-    codes: dict[str, Array] = {}
-
-    def keep(name: str) -> Any:
-        def hook(quantizer: Any, _inputs: object, value: Tensor) -> None:
-            if not quantizer.dynamic:
-                span = quantizer.plan.granularity
-                scale, zero_point = (aligned(t, value, span) for t in quantizer.get())
-                codes[name] = (torch.round(value / scale) + zero_point).to(torch.int32).numpy()
-
-        return hook
-
-    handles = [q.register_forward_hook(keep(name)) for name, q in model.activation_quantizers.items()]
-    try:
-        yield codes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _downstream(program: Program, sources: set[str]) -> tuple[str, ...]:
-    """Steps that are among the sources or read one, in order."""
-    found: dict[str, None] = {}
-    for step in program.steps:
-        if step.output in sources or any(name in found for name in names_of(step.inputs)):
-            found[step.output] = None
-    return tuple(found)
-
-
 # --- bounds -----------------------------------------------------------------------------------------------------------
 
 
-def _check(parity: Parity) -> None:
-    """Raise where a file deviates beyond its bound."""
-    for file in parity.files:
-        problem = _beyond(file)
-        if problem is not None:
-            mend = "report it with the recipe, or try another quant.activations.observer"
-            raise RunFolderError(file.file, f"{problem} on {parity.images} images", mend)
-    exact = [row for row in parity.executor if row.step not in parity.approximate and row.differing]
-    if exact and not parity.saturating:
-        row = exact[0]
-        raise RunFolderError(
-            DEPLOY,
-            f"differs from the integer executor in {row.differing} of {row.count} codes of '{row.step}', "
-            f"by up to {row.largest} steps (ONNX Runtime {parity.runtime})",
-            "report it with the recipe and this version of ONNX Runtime",
-        )
-
-
-def _beyond(file: FileParity) -> str | None:
+def _beyond(row: FileParity) -> str | None:
     """What deviates beyond the bound, in words."""
-    if not np.isfinite(file.relative):
-        return f"gives outputs of another shape than the {file.against}, or NaN,"
-    if file.file == FLOAT and file.relative > RELATIVE:
-        return f"is {file.relative:.1e} off the {file.against}"
-    if file.decisions is None:
-        return None if file.mean <= MEAN else f"is {100 * file.mean:.1f} % off the {file.against}"
-    if len(file.flips) > max(CHANGED * file.decisions, CHANGED_AT_LEAST):
-        return f"changes {len(file.flips)} of {file.decisions} decisions of the {file.against}"
-    return None
+    on = f"on {row.images} images"
+    if not np.isfinite(row.relative):
+        return f"gives outputs of another shape than the {row.against}, or NaN, {on}"
+    if row.file == FLOAT and row.relative > RELATIVE:
+        return f"is {row.relative:.1e} off the {row.against} {on}"
+    if row.decisions is not None and len(row.flips) > max(CHANGED * row.decisions, CHANGED_AT_LEAST):
+        return f"changes {len(row.flips)} of {row.decisions} decisions of the {row.against}"
+    return None if row.mean <= MEAN else f"is {100 * row.mean:.1f} % off the {row.against} on average, {on}"
 
 
-def _saturates(program: Program) -> bool:
-    """Whether kernels that add pairs of products in 16 bits may saturate; x86 machines without VNNI have only those."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    if CPU_INFO.is_file() and "vnni" in CPU_INFO.read_text(encoding="utf-8", errors="replace"):
-        return False
-    grids = program.grids
-    for step in program.steps:
-        if step.is_product and step.weight is not None:
-            grid = grids[str(step.inputs[0])]
-            if (
-                grid is not None
-                and 2 * grid.high * int(np.abs(step.weight.centered.astype(np.int32)).max()) > 2**15 - 1
-            ):
-                return True
-    return False
+def _reason(row: CodeParity, suspects: Sequence[str], runtime: str) -> str:
+    """Why codes differ, and what to do."""
+    found = (
+        f"node {row.step}: {row.differing:,} of {row.count:,} codes differ from the integer network, by up to "
+        f"{row.largest} steps"
+    )
+    if row.step in suspects and runtime_saturates():
+        return f"{found}, because {AVX2}; use quant.weights.reach=auto"
+    return f"{found} (ONNX Runtime {runtime}); {REPORT}"

@@ -63,6 +63,8 @@ class IntegerWeight:
         shift: see `quantization.biases.kernel_shift`.
         levels: the codes that occur, ascending, int8 (n,), or (C, n) for each channel its own; None: any of the grid.
         file_bits: of a code as files hold it, its place among the levels; None: `bits`.
+        offset: 0 where kernels take int8. 128 where the sum of two products could leave 16 bits: kernels then take
+            uint8, centered codes + 128 with zero point 128, which no processor saturates, but which is slower.
     """
 
     name: str
@@ -75,6 +77,7 @@ class IntegerWeight:
     shift: int = 0
     levels: npt.NDArray[np.int8] | None = None
     file_bits: int | None = None
+    offset: int = 0
 
     @property
     def stored_bits(self) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from torch import Tensor
-
-from calibquant.errors import RecipeError, nearest
+from calibquant.errors import CalibQuantError, RecipeError, RunFolderError, nearest
 from calibquant.export.amct import CONFIG, amct_config
 from calibquant.export.artifact import GRAPH, MODEL, load_artifact, size_of
 from calibquant.export.audit import summarize
@@ -21,9 +20,19 @@ from calibquant.export.lowering import make_program, refusal
 from calibquant.export.onnx_content import opset_of
 from calibquant.export.onnx_deploy import Storage, deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
-from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT, Parity, check_parity
+from calibquant.export.parity import (
+    CHUNK,
+    DEPLOY,
+    FAKE_QUANT,
+    FLOAT,
+    REPORT,
+    Chunk,
+    Parity,
+    check_parity,
+    in_chunks,
+)
 from calibquant.export.program import Program
-from calibquant.export.session import import_onnx, import_runtime
+from calibquant.export.session import brief, import_onnx, import_runtime
 from calibquant.export.vectors import write_vectors
 from calibquant.parallel import set_threads
 from calibquant.pipeline.measuring import run_recipe
@@ -33,6 +42,7 @@ from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe
 from calibquant.runfolder import RECEIPT, RunFolder, disk_error, make_folder, open_run
 
+Made = TypeVar("Made")
 FORMATS = ("onnx", "record", "amct", "packed", "vectors")
 VECTORS = "vectors"
 VECTOR_IMAGES = 4
@@ -44,10 +54,11 @@ class Exported:
     """The ONNX files of a network, checked.
 
     Args:
-        files: bytes by name: float.onnx, fake_quant.onnx, deploy.onnx as far as they can be made, and parity.json.
+        files: bytes by name: float.onnx, fake_quant.onnx, deploy.onnx as far as they are right, and parity.json.
         parity: how far they are from what they stand for.
         program: the integer program; None where there is none.
-        left_out: files that cannot be made, and why.
+        left_out: files that do not exist for such a network, and why.
+        faults: files that could not be made, or deviate from what they stand for, and why. They are not among `files`.
         notes: what stays float, and what was changed so that the integer network runs.
     """
 
@@ -55,12 +66,18 @@ class Exported:
     parity: Parity
     program: Program | None
     left_out: dict[str, str]
+    faults: dict[str, str]
     notes: tuple[str, ...]
+
+    def told(self) -> Iterator[str]:
+        """A line for each file that is not there."""
+        for name, reason in {**self.left_out, **self.faults}.items():
+            yield f"{name} was not written: {reason}"
 
 
 def export_files(
     model: QuantModel,
-    images: Tensor | Sequence[Tensor],
+    chunks: Iterable[Chunk],
     storage: Storage = "packed",
     missing: str = "",
     threads: int | None = None,
@@ -68,45 +85,63 @@ def export_files(
 ) -> Exported:
     """Make the ONNX files of a network and check them; writes nothing.
 
+    A file that cannot be made or deviates is left out with its reason; the others stay.
+
     Args:
         model: a calibrated network on the CPU.
-        images: what enters it, (N, ...), to compare on; one tensor for each of its inputs.
+        chunks: what enters it, to compare on: some images at a time, one tensor (N, ...) for each input of the network.
         storage: how deploy.onnx keeps weights below 8 bits: packed, or as INT8 for ONNX Runtime before 1.24.
         missing: why the model's teacher is not the float network; float.onnx is then left out.
         threads: of ONNX Runtime; None leaves it to it.
         what: what the images are, for parity.json.
 
     Raises:
-        RunFolderError: a file does not load, or deviates beyond its bound.
         ModelError: onnx or ONNX Runtime is not installed.
     """
     import_onnx()
     import_runtime()
-    inputs = (images,) if isinstance(images, Tensor) else tuple(images)
+    rest = iter(chunks)
+    first = next(rest)
+    example = tuple(x[:CHUNK].detach().cpu() for x in first)
     reason = refusal(model)
-    program = make_program(model) if reason is None else None
-    files, left_out = {}, {}
-    if missing:
-        left_out[FLOAT] = missing
-    else:
-        files[FLOAT] = float_onnx(model, inputs)
-    files[FAKE_QUANT] = fake_quant_onnx(model, inputs)
-    if program is None:
-        left_out[DEPLOY] = str(reason)
-    else:
-        files[DEPLOY] = deploy_onnx(program, inputs, storage)
-    parity = check_parity(files, model, program, inputs, threads)
+    left_out = {FLOAT: missing} if missing else {}
+    left_out |= {} if reason is None else {DEPLOY: reason}
+    faults: dict[str, str] = {}
+    program = None if reason is not None else _made(DEPLOY, faults, lambda: make_program(model))
+    make: dict[str, Callable[[], bytes]] = {
+        FLOAT: lambda: float_onnx(model, example),
+        FAKE_QUANT: lambda: fake_quant_onnx(model, example),
+    }
+    if program is not None:
+        own = program
+        make[DEPLOY] = lambda: deploy_onnx(own, example, storage)
+    made = {name: _made(name, faults, how) for name, how in make.items() if name not in left_out}
+    files = {name: data for name, data in made.items() if data is not None}
+    parity = check_parity(files, model, program, chain([first], rest), threads)
+    faults |= parity.faults
     notes = () if program is None else program.notes
-    shapes = [list(x.shape[1:]) for x in inputs]
     content = {
         "of": what,
-        "input": shapes,
+        "input": [list(x.shape[1:]) for x in example],
         "storage": storage,
         **parity.to_dict(),
         "left_out": left_out,
+        "faults": faults,
         "notes": notes,
     }
-    return Exported(files | {PARITY: _json(content)}, parity, program, left_out, notes)
+    right = {name: data for name, data in files.items() if name not in faults}
+    return Exported(right | {PARITY: _json(content)}, parity, program, left_out, faults, notes)
+
+
+def _made(name: str, faults: dict[str, str], make: Callable[[], Made]) -> Made | None:
+    """What is made, or None; then the faults say why, whatever the exception: no run is lost for its export."""
+    try:
+        return make()
+    except CalibQuantError as error:
+        faults[name] = str(error)
+    except Exception as error:
+        faults[name] = f"it cannot be made ({type(error).__name__}: {brief(error)}); {REPORT}"
+    return None
 
 
 def export_run(
@@ -134,8 +169,8 @@ def export_run(
         `left_out`, `notes` and `audit`.
 
     Raises:
-        CalibQuantError: an argument is not valid, the run or its images cannot be read, or a file deviates. Nothing is
-            written then.
+        CalibQuantError: an argument is not valid, or the run or its images cannot be read; nothing is written then. Or
+            an ONNX file could not be made or deviates; all others are written then.
     """
     reporter = reporter or Silent()
     _check_arguments(formats, storage)
@@ -146,18 +181,19 @@ def export_run(
     model = load_artifact(folder)
     result: dict[str, Any] = {"run": str(run), "out": str(out or run)}
     files: dict[str, bytes] = {}
+    made: Exported | None = None
     inputs = run_inputs(folder, recipe, model, shape) if {"onnx", "vectors"} & set(formats) else None
     begin(reporter, 2, 3, "Make the files and compare them with the simulation")
     if "onnx" in formats and inputs is not None:
         missing = inputs.missing
         if missing and FLOAT in folder.read_json(RECEIPT)["files"]:
             missing += "; the one in the run stays"
-        made = export_files(inputs.model, inputs.tensors, storage, missing, recipe.threads, inputs.what)  # type: ignore[arg-type]
+        made = export_files(inputs.model, in_chunks(inputs.tensors), storage, missing, recipe.threads, inputs.what)  # type: ignore[arg-type]
         files |= made.files
         result |= {"parity": made.parity.to_dict(), "of": inputs.what, "left_out": made.left_out, "notes": made.notes}
         result["audit"] = None if made.program is None else [asdict(row) for row in summarize(made.program)]
-        for name, reason in made.left_out.items():
-            note(reporter, f"{name} is left out: {reason}")
+        for line in made.told():
+            note(reporter, line)
     if "amct" in formats:
         files[CONFIG] = _json(_config(model, recipe))
     begin(reporter, 3, 3, f"Write to {out or run}")
@@ -166,6 +202,9 @@ def export_run(
         result["vectors"] = str((out or run) / VECTORS)
     stored = [name for chosen in formats for name in _STORED.get(chosen, ())]
     _write(folder, files, out, stored)
+    if made is not None and made.faults:
+        name, reason = next(iter(made.faults.items()))
+        raise RunFolderError(name, f"was not written: {reason}", f"the other files are in {out or run}")
     result["files"] = _rows(files | {name: folder.read(name) for name in stored}, model)
     return result
 

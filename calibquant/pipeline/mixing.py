@@ -116,7 +116,7 @@ def measure_trade(recipe: Recipe, prepared: Prepared, device: torch.device, repo
         if settings.tensors == "both" or (number == 0 and settings.max_drop is not None):
             _observe(recipe, prepared, model, device)
         model.to(device)
-    counts = macs(teacher.to("cpu"), *entering(prepared, 1)) if settings.budget == "bops" else {}
+    counts = macs(teacher.to("cpu"), *next(entering(prepared, 1))) if settings.budget == "bops" else {}
     teacher.to(device)
     images = _images(recipe, prepared, slice(0, settings.images), device)
     count = min(settings.images, len(prepared.images))

@@ -14,6 +14,7 @@ from calibquant.evaluation import Evaluation
 from calibquant.parallel import set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.correcting import corrects
+from calibquant.pipeline.export_stage import Deployed, export
 from calibquant.pipeline.finetuning import adopt, adopt_plan, adopted_plan, finetune_network, measure_before
 from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.measuring import run_recipe
@@ -24,7 +25,6 @@ from calibquant.pipeline.stages import (
     calibrate,
     correct_all,
     evaluate_both,
-    export,
     learn,
     learns,
     open_job,
@@ -203,14 +203,15 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
             with steps.time("accumulation_after"):
                 after = settle(job)
         float_result, quantized = evaluate_both(job)
-        files = export(job) if recipe.export.onnx else {}
+        deployed = export(job, float_result, quantized) if recipe.export.onnx else Deployed()
         with steps.begin("write", "Write the run folder"):
             metrics = run_metrics(
                 recipe, job.prepared, job.model, float_result, quantized, progress.layers, progress.reports,
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
+            metrics |= {"deployed": deployed.scores, "parity": deployed.parity}
             metrics |= job.facts | ({} if started_from is None else {"started_from": started_from})
             machine = {"threads": threads, "device": str(job.device)}
-            write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
+            write_run(folder, recipe, job.prepared, job.model, metrics, deployed.files, machine)
             folder.remove("checkpoint*")
     return Run(parallel.first(final_path(folder.path)), job.model, metrics, quantized)

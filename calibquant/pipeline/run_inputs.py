@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, fx, nn
 
 from calibquant.data import ImageSet, Manifest, batches, find_images, read_manifest
 from calibquant.errors import CalibQuantError, RunFolderError
-from calibquant.export.parity import CHUNK, IMAGES
+from calibquant.export.parity import IMAGES, chunk_size, image_count
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.nodes import op_of, weight_of
 from calibquant.pipeline.preparing import Prepared, build, open_calibration
@@ -69,11 +70,14 @@ def run_inputs(
         return RunInputs(_random(model, recipe, shape, count, folder), RANDOM, model, missing or LIVE_IMAGES)
     images = _images(recipe, manifest, count)
     if host is None:
-        whole = torch.cat([batch.images for batch in batches(images, CHUNK)])
+        shape = next(batches(images, 1)).images.shape
+        chosen = range(min(len(images), image_count(shape, count)))
+        whole = torch.cat([batch.images for batch in batches(images, chunk_size(shape), chosen)])
         return RunInputs((whole,), CALIBRATION, model, missing)
     example = next(batches(images, 3, range(min(3, len(images))))).images
     teacher = fold_batch_norm(capture(host, example, recipe.model.submodule))
-    inputs = entering(Prepared(host, teacher, recipe.model.submodule, images, manifest, None), count)
+    chunks = entering(Prepared(host, teacher, recipe.model.submodule, images, manifest, None), count)
+    inputs = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
     whole_model = _upon(teacher, model, folder)
     return RunInputs(inputs, CALIBRATION, whole_model or model, "" if whole_model else OTHER_NETWORK)
 
@@ -86,16 +90,20 @@ def _upon(teacher: fx.GraphModule, model: QuantModel, folder: RunFolder) -> Quan
     return made if network_hash(made) == folder.read_json(RECEIPT)["network"] else None
 
 
-def entering(prepared: Prepared, count: int = IMAGES) -> tuple[Tensor, ...]:
-    """What enters the teacher for the first calibration images: one tensor (N, ...) for each of its inputs.
+def entering(prepared: Prepared, count: int = IMAGES) -> Iterator[tuple[Tensor, ...]]:
+    """What enters the teacher for the first calibration images, some at a time: one tensor (N, ...) for each input.
 
-    Of a part that is called with tensors of several sizes those of its first call's size are taken.
+    Of a part that is called with tensors of several sizes those of its first call's size are taken. Of large images
+    fewer are taken, see `parity.image_count`.
     """
-    seen, entries = list(prepared.inputs(CHUNK, count)), prepared.entries
-    calls = [tuple(seen[i : i + entries]) for i in range(0, len(seen), entries)]
-    sizes = [t.shape[1:] for t in calls[0]]
-    fitting = [call for call in calls if [t.shape[1:] for t in call] == sizes]
-    return tuple(torch.cat(list(column))[:count].contiguous() for column in zip(*fitting, strict=True))
+    shape = next(prepared.batches(1, slice(1))).shape
+    left = image_count(shape, count)
+    seen, sizes = prepared.inputs(chunk_size(shape), left), None
+    while left > 0 and (call := tuple(islice(seen, prepared.entries))):
+        sizes = sizes or [t.shape[1:] for t in call]
+        if [t.shape[1:] for t in call] == sizes:
+            yield tuple(t[:left].contiguous() for t in call)
+            left -= len(call[0])
 
 
 def _host(recipe: Recipe) -> tuple[nn.Module | None, str]:
@@ -124,6 +132,7 @@ def _random(
         problem = "was calibrated on live images, and no image size was found that its network takes"
         raise RunFolderError(folder.path, problem, "give the size of one image with --input, e.g. --input 3,224,224")
     random = torch.Generator().manual_seed(recipe.seed)
+    count = image_count((1, *chosen[0]), count)
     return tuple(
         _between(torch.rand((count, *size), generator=random), model.activation_quantizers.get(name))
         for name, size in zip(entries, chosen, strict=True)

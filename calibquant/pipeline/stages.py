@@ -14,18 +14,16 @@ from torch import Tensor, nn
 
 from calibquant import parallel
 from calibquant.data import ImageSet, manifest_csv, read_manifest
-from calibquant.errors import CalibQuantError, RecipeError
+from calibquant.errors import RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
-from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
-from calibquant.pipeline.run_inputs import entering
 from calibquant.quantization import (
     QuantModel,
     QuantPlan,
@@ -324,7 +322,7 @@ def settle(job: Job) -> dict[str, float]:
 def evaluate_both(job: Job) -> tuple[Evaluation, Evaluation]:
     """What the float and the quantized network do on the evaluation images, or the calibration images without such."""
     recipe, prepared, device, reporter = job.recipe, job.prepared, job.device, job.reporter
-    images = prepared.images if prepared.evaluation is None else prepared.evaluation
+    images = evaluated(job)
     with job.steps.begin("evaluate_float", "Evaluate the float network"):
         float_result = measure(recipe, job.mount(job.model.teacher), images, device, reporter)
     with job.steps.begin("evaluate_quantized", f"Evaluate the {recipe.setting} network"):
@@ -335,21 +333,9 @@ def evaluate_both(job: Job) -> tuple[Evaluation, Evaluation]:
     return float_result, quantized
 
 
-def export(job: Job) -> dict[str, bytes]:
-    """The ONNX files by name. What deviates is told and left out: a run is not lost for its export."""
-    settings = job.recipe.export
-    with job.steps.begin("export", "Export to ONNX and compare"):
-        try:
-            images = entering(job.prepared, settings.images)
-            made = export_files(job.model.to("cpu"), images, settings.storage, threads=job.recipe.threads or 1)
-        except CalibQuantError as error:
-            note(job.reporter, f"no ONNX files: {error}")
-            return {}
-        finally:
-            job.model.to(job.device)
-    for name, reason in made.left_out.items():
-        note(job.reporter, f"{name} is left out: {reason}")
-    return made.files
+def evaluated(job: Job) -> ImageSet:
+    """The evaluation images, or the calibration images without such."""
+    return job.prepared.images if job.prepared.evaluation is None else job.prepared.evaluation
 
 
 def _fit_biases(job: Job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -68,7 +68,7 @@ def write_run(
     prepared: Prepared,
     model: QuantModel,
     metrics: dict[str, Any],
-    exported: dict[str, bytes],
+    exported: Mapping[str, bytes],
     machine: dict[str, Any],
 ) -> None:
     """Write every file of a run but log.txt, the receipt last; `exported` are the ONNX files by name."""

@@ -48,22 +48,27 @@ def budget_of(kind: str, models: Models, names: Sequence[str], macs: Mapping[str
         names: weights; activations too for bops.
         macs: multiply-accumulates by node, see `graph.macs`; for bops only.
     """
-    first, bits = next(iter(models.values())), list(models)
+    first = next(iter(models.values()))
     if kind == "bops":
-        return Budget(kind, _bit_operations(first, list(names), bits, macs), 1.0)
+        return Budget(kind, _bit_operations(models, list(names), macs), 1.0)
     sizes = {name: tensor.numel() for name, tensor in parameter_tensors(first.teacher).items()}
     if kind == "average_bits":
-        own = np.array([[sizes[name] * b for b in bits] for name in names], dtype=np.float64)
+        own = np.array([[sizes[n] * b for b in _bits_of(models, n)] for n in names], dtype=np.float64)
         return Budget(kind, Uses(own), float(sum(sizes[name] for name in names)))
-    own = np.array([[packed_bytes(sizes[name], b) for b in bits] for name in names], dtype=np.float64)
+    own = np.array([[packed_bytes(sizes[n], b) for b in _bits_of(models, n)] for n in names], dtype=np.float64)
     others = {name: plan.grid.bits for name, plan in first.plan.weights.items() if name not in names}
     return Budget(kind, Uses(own, fixed=float(sum(packed_bytes(sizes[n], b) for n, b in others.items()))), 1.0)
 
 
-def _bit_operations(model: QuantModel, names: list[str], bits: list[int], macs: Mapping[str, int]) -> Uses:
-    number = {name: i for i, name in enumerate(names)}
-    choices = np.array(bits, dtype=np.float64)
-    own, fixed, products = np.zeros((len(names), len(bits))), 0.0, []
+def _bits_of(models: Models, weight: str) -> list[int]:
+    """Bits of a weight for each choice; 8 may give it 7, see `numerics.reach`."""
+    return [model.plan.weights[weight].grid.bits for model in models.values()]
+
+
+def _bit_operations(models: Models, names: list[str], macs: Mapping[str, int]) -> Uses:
+    number, model = {name: i for i, name in enumerate(names)}, next(iter(models.values()))
+    choices = np.array(list(models), dtype=np.float64)
+    own, fixed, products = np.zeros((len(names), len(models))), 0.0, []
     for node in model.teacher.graph.nodes:
         if node.name not in macs:
             continue
@@ -73,9 +78,10 @@ def _bit_operations(model: QuantModel, names: list[str], bits: list[int], macs: 
         of_source = FLOAT_BITS if source is None else source.plan.bits
         count = float(macs[node.name])
         if weight in number and entering in number:
-            products.append(Product(number[weight], number[entering], count * np.outer(choices, choices)))
+            pairs = np.outer(_bits_of(models, weight), choices)
+            products.append(Product(number[weight], number[entering], count * pairs))
         elif weight in number:
-            own[number[weight]] += count * choices * of_source
+            own[number[weight]] += count * np.array(_bits_of(models, weight)) * of_source
         elif entering in number:
             own[number[entering]] += count * of_weight * choices
         else:

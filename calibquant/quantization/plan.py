@@ -12,6 +12,7 @@ from calibquant.errors import QuantizationError, nearest
 from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
 from calibquant.graph.ops import COMPUTE, Kind
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
+from calibquant.numerics.reach import adds_pairs, grid_within, reach_of
 from calibquant.recipe import Bits, QuantRecipe
 
 
@@ -47,6 +48,9 @@ class TensorPlan:
             (quantized by the integer placement only), or "bits" (the recipe names it in `bits`).
         allocation: how bits are shared among channels when calibrating: "none", "banner" or "optimal".
         levels: of the codes where they are few of the grid's, which is that of 8 bits then, signed for a weight.
+        reach: of a weight, the largest magnitude of a code less its zero point that its kernels take on every
+            processor, see `numerics.reach`; None: any. Levels and channels that share bits may pass it: deploy.onnx
+            has a slower form for them.
     """
 
     grid: Grid
@@ -55,17 +59,26 @@ class TensorPlan:
     role: str = "main"
     allocation: str = "none"
     levels: LevelPlan | None = None
+    reach: int | None = None
 
     @property
     def bits(self) -> int:
         """Bits of a stored code."""
         return self.grid.bits if self.levels is None else self.levels.bits
 
+    def within(self, reach: int) -> TensorPlan:
+        """A copy whose codes stay within ±reach, on the widest grid that does."""
+        if self.levels is not None or self.allocation != "none":
+            return replace(self, reach=reach)
+        grid, symmetric = grid_within(self.grid, self.symmetric, reach)
+        return replace(self, grid=grid, symmetric=symmetric, reach=reach)
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
         axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
         row = {**asdict(self.grid), "symmetric": self.symmetric, "axis": axis, "role": self.role}
         row |= {} if self.allocation == "none" else {"allocation": self.allocation}
+        row |= {} if self.reach is None else {"reach": self.reach}
         return row | ({} if self.levels is None else {"levels": asdict(self.levels)})
 
     @staticmethod
@@ -74,7 +87,7 @@ class TensorPlan:
         granularity = PerTensor() if row["axis"] is None else PerChannel(row["axis"])
         grid, allocation = Grid(row["bits"], row["signed"]), row.get("allocation", "none")
         levels = LevelPlan(**row["levels"]) if "levels" in row else None
-        return TensorPlan(grid, row["symmetric"], granularity, row["role"], allocation, levels)
+        return TensorPlan(grid, row["symmetric"], granularity, row["role"], allocation, levels, row.get("reach"))
 
 
 @dataclass(frozen=True)
@@ -85,17 +98,20 @@ class QuantPlan:
         weights: parameter name -> how it is quantized; each parameter once, however often it is used.
         activations: node name -> how that node's output is quantized, for all that read it.
         placement, boundary: the rules it was made by.
+        reach: "auto": what it deploys is exact on every processor; "full": only where kernels do not saturate.
     """
 
     weights: Mapping[str, TensorPlan]
     activations: Mapping[str, TensorPlan]
     placement: str
     boundary: str
+    reach: str = "auto"
 
     def with_bits(self, name: str, bits: int) -> QuantPlan:
         """A copy in which one weight or activation has other bits; 8-bit weights are symmetric where they must be.
 
-        Where channels share bits, these are their average; 16 bits are not shared.
+        A weight stays within the reach of its kernels: of 8 bits it gets 7 where these add products in pairs. Where
+        channels share bits, these are their average; 16 bits are not shared.
 
         Raises:
             QuantizationError: there is no quantizer of that name, or a grid of so many bits is not supported.
@@ -114,6 +130,8 @@ class QuantPlan:
         symmetric = plan.symmetric or only_symmetric(self.placement, bits)
         grid = Grid(bits, signed=symmetric)
         plan = _shared_up_to_8_bits(replace(plan, grid=grid, symmetric=symmetric, levels=None))
+        if plan.reach is not None and bits <= 8:
+            plan = plan.within(plan.reach)
         return replace(self, weights={**self.weights, name: plan})
 
 
@@ -129,7 +147,8 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
 
     `integer` placement adds, at `residual_bits`, whatever else an integer runtime reads: the image, residual branches,
     pool outputs; and what its kernels make for a function that is computed in float, such as hardswish. 8-bit weights
-    are symmetric there.
+    are symmetric there, and unless the recipe's `reach` is full they get 7 bits where kernels of some processors would
+    saturate.
 
     Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
     `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
@@ -156,7 +175,8 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
         weights.setdefault(name, _weight_plan(node, recipe, "boundary" if name in wide else "main"))
     order = [n for n in graph.graph.nodes if n.name in sites]
     activations = {n.name: _activation_plan(n, recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
-    return _with_named_bits(QuantPlan(weights, activations, recipe.placement, recipe.boundary), recipe)
+    plan = QuantPlan(weights, activations, recipe.placement, recipe.boundary, recipe.weights.reach)
+    return _within_reach(_with_named_bits(plan, recipe), graph)
 
 
 # --- where activations are quantized ----------------------------------------------------------------------------------
@@ -350,6 +370,23 @@ def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:
             plan = replace(plan, activations={**plan.activations, name: activation})
         plan = plan.with_bits(name, bits)
     return plan
+
+
+def _within_reach(plan: QuantPlan, graph: fx.GraphModule) -> QuantPlan:
+    """The plan with weights that no integer kernel saturates with."""
+    if plan.placement != "integer" or plan.reach == "full":
+        return plan
+    weights = dict(plan.weights)
+    for node in graph.graph.nodes:
+        op, weight = op_of(node), weight_of(node)
+        if op is None or not op.accumulates or weight is None:
+            continue
+        name, source = str(weight.target), plan.activations.get(_origin(activations_of(node)[0]).name)
+        wide = weights[name].grid.bits > 8 or (source is not None and source.grid.bits > 8)
+        shape = graph.get_buffer(name).shape
+        if source is not None and not wide and adds_pairs(shape, node.kwargs.get("groups", 1)):
+            weights[name] = weights[name].within(reach_of(source.grid.bits))
+    return replace(plan, weights=weights)
 
 
 def only_symmetric(placement: str, bits: int) -> bool:

@@ -30,7 +30,13 @@ class ExportRecipe(Section):
     storage: Literal["packed", "int8"] = Field(
         default="packed", description="of low-bit weights in deploy.onnx; int8 for ONNX Runtime before 1.24"
     )
-    images: int = Field(default=16, ge=1, description="calibration images on which the files are compared")
+    images: int = Field(
+        default=256,
+        ge=1,
+        description="calibration images on which decisions of deploy.onnx and of the integer network are compared; "
+        "every code on the first 32 of them",
+    )
+    evaluate: bool = Field(default=True, description="measure the accuracy of deploy.onnx on the evaluation images")
 
 
 class Recipe(Section):

@@ -55,6 +55,11 @@ class WeightRecipe(Section):
         description="codebook and nuq: levels for the least error of the weights, or of what layers make of the "
         "calibration images with them, to second order",
     )
+    reach: Literal["auto", "full"] = Field(
+        default="auto",
+        description="auto: the deployed network is exact on every processor, so 8-bit weights get 7 bits where kernels "
+        "of x86 without VNNI would saturate; full: 8 bits everywhere, exact on x86 with VNNI and on Arm only",
+    )
     symmetric: bool = False
     granularity: Granularity = "per_channel"
     allocation: Allocation = Field(default="none", description="0 to 8 bits for each channel, `bits` on average")
