@@ -17,7 +17,7 @@ import torch
 from calibquant.export import kernels
 from calibquant.export.audit import in_pairs
 from calibquant.export.kernels import Codes, Floats
-from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, Program, Step, names_of
+from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, Program, Step, names_of
 from calibquant.graph.ops import OPS
 
 Array = npt.NDArray[Any]
@@ -104,8 +104,8 @@ class _Run:
 
     def compute(self, step: Step) -> Array:
         """The value of a step: codes if it has a grid, else float32."""
-        if step.op == LEVELS:
-            return self._leveled(step)
+        if step.op == TABLE:
+            return self._looked_up(step)
         if step.on_codes:
             return self._moved(step)
         if step.is_product:
@@ -113,10 +113,12 @@ class _Run:
         fused = self._fused(step)
         if fused is not None:
             return fused
-        floats = {name for name in names_of(step.inputs) if self.grids.get(name) is None}
-        if step.op not in EXACT or floats & self.approximate:
-            self.approximate.add(step.output)
-        value = self._float(step)
+        value = self._mean(step)
+        if value is None:
+            floats = {name for name in names_of(step.inputs) if self.grids.get(name) is None}
+            if step.op not in EXACT or floats & self.approximate:
+                self.approximate.add(step.output)
+            value = self._float(step)
         return value if step.grid is None else kernels.quantize(value, step.grid)
 
     def floats(self, name: str) -> Array:
@@ -134,11 +136,10 @@ class _Run:
         moved = OPS[step.op].run(*inputs, **step.attributes).numpy()
         return (moved + grid.zero_point).astype(np.uint8)
 
-    def _leveled(self, step: Step) -> Codes:
-        """Each code's nearest level."""
-        assert step.grid is not None
-        table = kernels.level_table(step.grid)
-        return table[self.values[step.inputs[0]]]
+    def _looked_up(self, step: Step) -> Codes:
+        """What the table gives for each code."""
+        assert step.table is not None
+        return step.table[self.values[step.inputs[0]]]
 
     def _product(self, step: Step) -> Array:
         """A convolution or a linear layer on int32 accumulators."""
@@ -158,6 +159,11 @@ class _Run:
         if step.op not in _FUSED or step.grid is None or len(sources) < len(grids):
             return None
         return _FUSED[step.op](step, [self.values[name] for name in names], sources, step.grid)
+
+    def _mean(self, step: Step) -> Floats | None:
+        """A mean of codes, whose sum has no order; None for other steps."""
+        grid = self.grids.get(step.inputs[0]) if step.op == "mean" else None
+        return None if grid is None else kernels.mean(self.values[step.inputs[0]], grid, **step.attributes)
 
     def _float(self, step: Step) -> Array:
         """A canonical op on float32 values."""

@@ -304,3 +304,14 @@ def average_pool(
     ]
     count = np.float32(math.prod(kernel)) if count_padding else np.outer(*held).astype(np.float32)
     return saturate(np.rint(sums / count / grid.scale + np.float32(grid.zero_point)), grid)
+
+
+def mean(codes: Codes, grid: ActivationGrid, *, dims: Sequence[int], keepdim: bool) -> Floats:
+    """The mean of values on a grid: float32(Σ (code - zero_point)) * `mean_factor`; the sum is exact."""
+    sums = centered(codes, grid).sum(tuple(dims), np.int64, keepdims=keepdim)
+    return sums.astype(np.float32) * mean_factor(grid, codes.shape, dims)
+
+
+def mean_factor(grid: ActivationGrid, shape: Sequence[int], dims: Sequence[int]) -> np.float32:
+    """What the sum of centered codes is multiplied by: float32(scale / their number)."""
+    return np.float32(float(grid.scale) / math.prod(shape[d] for d in dims))

@@ -1,7 +1,7 @@
 """The integer program of a quantized network.
 
 Activation functions that only limit values (ReLU, ReLU6) become limits of the codes, which is exact because rounding is
-monotone.
+monotone. What else is computed value by value from one tensor of codes becomes a table of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from calibquant.errors import QuantizationError
 from calibquant.export.audit import saturating_channels
-from calibquant.export.program import LEVELS, QUANTIZE, ActivationGrid, IntegerWeight, Program, Step, names_of
+from calibquant.export.functions import Function, function_of, identity_of
+from calibquant.export.kernels import level_table
+from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, IntegerWeight, Program, Step, names_of
 from calibquant.graph.limits import limits_of
-from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import activations_of, kind_of, op_of, operands_of, weight_of
 from calibquant.graph.ops import Kind
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.grid import PerChannel
@@ -61,7 +63,8 @@ class _Lowering:
         self.model = model
         self.steps: list[Step] = []
         self.grids: dict[str, ActivationGrid | None] = {}
-        self.value: dict[fx.Node, str] = {}  # the name of each node's value
+        self.value: dict[fx.Node, str] = {}  # the name of each node's value, once a step makes it
+        self.functions: dict[fx.Node, Function] = {}  # steps make their values where another op reads them
         self.notes: list[str] = []
         self.tensors = {name: tensor.detach().cpu() for name, tensor in parameter_tensors(model.teacher).items()}
         self.weights = {name: _integer_weight(name, q.get()) for name, q in model.weight_quantizers.items()}
@@ -77,7 +80,7 @@ class _Lowering:
                 if grid is not None:
                     self.value[node] = self._quantized(node.name, grid, f"{node.name}.codes")
             elif node.op == "output":
-                output = self.value[node.all_input_nodes[0]]
+                output = self._value(node.all_input_nodes[0])
             elif node.op == "call_function" and node not in self.value:
                 self._lower_op(node)
         named = {name for step in self.steps for name in names_of(step.inputs)}
@@ -89,13 +92,17 @@ class _Lowering:
         return Program(tuple(inputs), tuple(self.steps), output, parameters, tuple(self.notes))
 
     def _lower_op(self, node: fx.Node) -> None:
-        op = op_of(node)
+        op, function = op_of(node), function_of(node, self._operand)
         assert op is not None
+        if function is not None:
+            grid = self._grid(node)
+            self.functions[node] = function if grid is None else function.rounded(grid)
+            return
         last, grid = self._result(node)
         if op.keeps_grid and last is node:
             self._lower_move(node)
         elif op.kind is Kind.CONCAT and grid is not None:
-            parts = [self._on_grid(n, grid, f"{self.value[n]}.{node.name}") for n in activations_of(node)]
+            parts = [self._on_grid(n, grid, node) for n in operands_of(node)]
             self._add(Step(op.name, (tuple(parts),), last.name, node.kwargs, grid, on_codes=True))
         else:
             self._lower_computed(node, last.name, grid)
@@ -117,7 +124,7 @@ class _Lowering:
     def _lower_computed(self, node: fx.Node, output: str, grid: ActivationGrid | None) -> None:
         op, inputs = op_of(node), list(self._inputs(node))
         assert op is not None
-        source = [self.grids[self.value[n]] for n in activations_of(node)]
+        source = [self.grids[self._value(n)] for n in operands_of(node)]
         parameter = weight_of(node)
         weight = None if parameter is None else self.weights.get(str(parameter.target))
         bias = None
@@ -186,19 +193,49 @@ class _Lowering:
 
     # --- values -------------------------------------------------------------------------------------------------------
 
+    def _value(self, node: fx.Node) -> str:
+        """The name of a node's value; a step makes it, if none did."""
+        if node not in self.value:
+            grid = self._grid(node)
+            if grid is None:  # a function in float
+                self._lower_computed(node, node.name, None)
+            else:
+                self._look_up(self.functions[node], grid, node.name)
+            self.value[node] = node.name
+        return self.value[node]
+
+    def _operand(self, node: fx.Node) -> Function | Tensor | None:
+        """What a function reads: another function or a value on a grid, a parameter, or None for a float value."""
+        if node.op == "get_attr":
+            return self.tensors[str(node.target)]
+        if node in self.functions:
+            return self.functions[node]
+        value = self.value[node]
+        grid = self.grids[value]
+        return None if grid is None else identity_of(value, grid)
+
+    def _look_up(self, function: Function, grid: ActivationGrid, output: str) -> None:
+        self._add(Step(TABLE, (function.source,), output, grid=grid, on_codes=True, table=function.codes(grid)))
+
     def _inputs(self, node: fx.Node) -> tuple[Any, ...]:
         def name(argument: Any) -> Any:
             if isinstance(argument, (list, tuple)):
                 return tuple(name(a) for a in argument)
             if not isinstance(argument, fx.Node):
                 return argument
-            return str(argument.target) if argument.op == "get_attr" else self.value[argument]
+            return str(argument.target) if argument.op == "get_attr" else self._value(argument)
 
         return tuple(name(argument) for argument in node.args)
 
-    def _on_grid(self, source: fx.Node, grid: ActivationGrid, name: str) -> str:
-        """The value of a node on a grid: as it is, if it lies there already."""
-        value = self.value[source]
+    def _on_grid(self, source: fx.Node, grid: ActivationGrid, reader: fx.Node) -> str:
+        """The value of a node on the grid of its reader: as it is, if it lies there already."""
+        if source in self.functions and self._grid(source) is None:
+            name = source.name if len(source.users) == 1 else f"{source.name}.{reader.name}"
+            if name not in self.grids:
+                self._look_up(self.functions[source], grid, name)
+            return name
+        value = self._value(source)
+        name = f"{value}.{reader.name}"
         own = self.grids[value]
         same = own is not None and _meaning(own) == _meaning(grid)
         if same and grid.low <= own.low and own.high <= grid.high:  # type: ignore[union-attr]
@@ -225,7 +262,7 @@ class _Lowering:
         if grid is not None and grid.levels is not None and not step.on_codes:
             wide = f"{step.output}.wide"
             self._add(replace(step, output=wide, grid=replace(grid, levels=None)))
-            step = Step(LEVELS, (wide,), step.output, grid=grid, on_codes=True)
+            step = Step(TABLE, (wide,), step.output, grid=grid, on_codes=True, table=level_table(grid))
         self.steps.append(step)
         self.grids[step.output] = step.grid
 

@@ -18,7 +18,6 @@ from calibquant.export.onnx_pools import (
     adaptive_avg_pool2d,
     adaptive_max_pool2d,
     avg_pool2d,
-    linear_maps,
     max_pool2d,
     reduction,
 )
@@ -197,16 +196,27 @@ def _upsample_nearest(c: Call) -> None:
 
 
 def _upsample_bilinear(c: Call) -> None:
-    """A Resize, unless the given factor is not the sizes' ratio: then torch's weights as two products."""
-    before, after, scale = c.shapes[0][2:], c.shape[2:], c.attributes["scale"]
-    if scale is not None and any(m * s != n for m, n, s in zip(before, after, scale, strict=True)):
-        linear_maps(c, ops.upsample_bilinear)
-        return
+    """A Resize by factors: by the given ones, as torch takes them, else by the sizes' ratios.
+
+    Not to sizes: ONNX Runtime's layout optimizer loses them when it moves a Transpose through the Resize (the file does
+    not load then; measured with 1.31.1).
+    """
+    before, after = c.shapes[0][2:], c.shape[2:]
+    wanted = c.attributes["scale"] or [n / m for m, n in zip(before, after, strict=True)]
+    factors = [_factor_to(n, m, scale) for n, m, scale in zip(after, before, wanted, strict=True)]
     coordinates = "align_corners" if c.attributes["align_corners"] else "half_pixel"
-    sizes = c.ints(*after)
-    c.last(
-        "Resize", c.inputs[0], None, None, sizes, axes=[2, 3], mode="linear", coordinate_transformation_mode=coordinates
-    )
+    scales = c.floats([1, 1, *factors])
+    c.last("Resize", c.inputs[0], None, scales, mode="linear", coordinate_transformation_mode=coordinates)
+
+
+def _factor_to(after: int, before: int, wanted: float) -> np.float32:
+    """The float32 nearest to a factor that gives the output size `after`, rounded down from the product.
+
+    ONNX's shape inference rounds the exact product down, ONNX Runtime the product in float32: both must agree.
+    """
+    nearest = np.float32(wanted)
+    candidates = (nearest, np.nextafter(nearest, np.float32(np.inf)), np.nextafter(nearest, np.float32(0)))
+    return next(f for f in candidates if int(np.float32(before) * f) == int(before * float(f)) == after)
 
 
 def _pixel_shuffle(c: Call) -> None:

@@ -19,7 +19,7 @@ from calibquant.numerics.levels import places_of
 
 # The ops of a program that are not canonical.
 QUANTIZE = "quantize"  # float or codes in, codes on another grid out
-LEVELS = "levels"  # codes in, the nearest of the grid's levels out
+TABLE = "table"  # codes in, what a table of 256 codes gives for each out
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Step:
     """One operation.
 
     Args:
-        op: a canonical op, `quantize` or `levels`.
+        op: a canonical op, `quantize` or `table`.
         inputs: names of values, as the op's positional arguments: a name, None, or a tuple of names (cat). Parameters
             are named too; None stands for `weight`, and for the bias of an integer product.
         output: name of the value it makes, that of the graph node whose value it is.
@@ -122,9 +122,10 @@ class Step:
         grid: of the output; None for a float output.
         weight: a quantized weight, in the place where the op takes its weight.
         bias: of an integer product, int32 (C,), on the scale of its accumulator: input scale * weight scale.
-        on_codes: the op moves or selects codes, which keep their grid.
+        on_codes: the op moves, selects or looks up codes; moved and selected ones keep their grid.
         integer: an integer kernel computes it: products with int32 accumulators, and sums of two codes. All other
             steps compute in float32 on dequantized inputs and round to `grid`, if there is one.
+        table: of a `table` step, uint8 (256,): the code of `grid` that each code of its input becomes.
     """
 
     op: str
@@ -136,6 +137,7 @@ class Step:
     bias: npt.NDArray[np.int32] | None = None
     on_codes: bool = False
     integer: bool = False
+    table: npt.NDArray[np.uint8] | None = None
 
     @property
     def is_product(self) -> bool:

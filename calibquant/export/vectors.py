@@ -83,6 +83,8 @@ class _Writer:
         }
         if step.weight is not None:
             row["weight"] = self._weight(step.output, step.weight)
+        if step.table is not None:
+            row["table"] = self._array(f"{step.output}.table", step.table)
         if step.is_product:
             row["bias"] = None if step.bias is None else self._array(f"{step.output}.bias", step.bias)
             row["multiplier"] = self._array(f"{step.output}.multiplier", multiplier_of(step, self.program.grids))

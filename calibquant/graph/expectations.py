@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from calibquant.graph import ops
 from calibquant.graph.channels import channel_axis, ends_in_channels, splits_channels
 from calibquant.graph.limits import limits_of
-from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
+from calibquant.graph.nodes import kind_of, op_of, operands_of, weight_of
 from calibquant.graph.ops import Kind
 from calibquant.numerics.moments import clipped_normal_mean, function_of_normal_mean
 
@@ -116,8 +116,8 @@ def _expected(node: fx.Node, known: dict[str, Expected], tensors: dict[str, Tens
         return Expected(normal.mean.double().cpu(), normal.std.double().cpu(), channel_axis(node) == -1)
     if op.run is ops.batch_norm:
         return _unfolded(node, tensors)
-    inputs = [known[n.name] for n in activations_of(node) if n.name in known]
-    if not inputs or len(inputs) != len(activations_of(node)):
+    inputs = [known[n.name] for n in operands_of(node) if n.name in known]
+    if not inputs or len(inputs) != len(operands_of(node)):
         return None
     if op.kind is Kind.CONCAT:
         return _concatenated(inputs) if node.kwargs["dim"] == 1 else None

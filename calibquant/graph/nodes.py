@@ -28,5 +28,12 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 
 
 def activations_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values flow into a node, without its parameters."""
+    """The nodes whose values flow into a node, without its parameters; each once, however often the node reads it."""
     return [source for source in node.all_input_nodes if source.op != "get_attr"]
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The activations among a node's arguments in their order; one that is given twice is there twice."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(node.args, lambda source: found.append(source))
+    return [source for source in found if source.op != "get_attr"]

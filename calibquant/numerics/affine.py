@@ -77,8 +77,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, granulari
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> Tensor:
-    """(codes - zero_point) * scale in float32, the shape of `codes`."""
-    return (codes.float() - aligned(zero_point, codes, granularity)) * aligned(scale, codes, granularity)
+    """(codes - zero_point) * scale in the type of `scale`, float32 or float64; the shape of `codes`."""
+    return (codes.to(scale.dtype) - aligned(zero_point, codes, granularity)) * aligned(scale, codes, granularity)
 
 
 def fake_quantize(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, folded, quantized
 from torch import Tensor, nn
 
-from calibquant.export.program import QUANTIZE, Program, Step
+from calibquant.export.program import QUANTIZE, TABLE, Program, Step
 from calibquant.graph.ops import OPS
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, Placement, QuantRecipe, WeightRecipe
@@ -122,6 +122,10 @@ def float_run(program: Program, x: Tensor) -> dict[str, Array]:
         return tensor.double() if tensor.is_floating_point() else tensor
 
     for step in program.steps:
+        if step.op == TABLE:
+            assert step.table is not None
+            values[step.output] = torch.from_numpy(step.table[values[step.inputs[0]].numpy().astype(int)]).double()
+            continue
         value = floats(step.inputs[0]) if step.op == QUANTIZE else _compute(step, floats, grids)
         if step.grid is not None:
             codes = torch.round(value.float() / float(step.grid.scale)) + step.grid.zero_point

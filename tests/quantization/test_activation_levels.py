@@ -18,7 +18,7 @@ from calibquant.errors import CalibQuantError, QuantizationError
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.export.executor import execute
 from calibquant.export.lowering import make_program
-from calibquant.export.program import LEVELS
+from calibquant.export.program import TABLE
 from calibquant.numerics.affine import affine_from_range
 from calibquant.numerics.grid import Grid
 from calibquant.numerics.levels import nearest_levels, unsigned_levels
@@ -229,7 +229,7 @@ def test_runs_are_loaded_to_the_bit_and_exported_exactly(
     assert [row.get("stored_bits") for row in inputs] == [None, bits, bits, bits, bits, None]
     program = make_program(run.model)
     values = execute(program, x.numpy(), keep=True).values
-    assert sum(step.op == LEVELS for step in program.steps) == 6  # the concatenation's two inputs are on its levels
+    assert sum(step.op == TABLE for step in program.steps) == 6  # the concatenation's two inputs are on its levels
     for quantizer in leveled:
         assert set(np.unique(values[quantizer.name]).tolist()) <= set(quantizer.levels.tolist())  # type: ignore[union-attr]
 

@@ -207,11 +207,14 @@ def _interpolate(
     antialias: bool = False,
 ) -> fx.Node:
     shape = tuple(int(v) for v in e.result[0].shape[-2:])
-    scale = None if scale_factor is None else tuple(float(v) for v in _floats(scale_factor))
+    given = scale_factor is not None and not recompute_scale_factor  # recomputed: the factors are the sizes' ratios
+    scale = tuple(float(v) for v in _floats(scale_factor)) if given else None
     target = {"size": shape if scale is None else None, "scale": scale}
     if mode == "nearest":
         return e.emit(ops.upsample_nearest, input, **target)
-    if mode == "bilinear" and not antialias:
+    if antialias:
+        raise UnsupportedError("with antialias is not supported")
+    if mode == "bilinear":
         return e.emit(ops.upsample_bilinear, input, **target, align_corners=bool(align_corners))
     raise UnsupportedError(f"with mode {mode} is not supported")
 
