@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from calibquant.errors import ModelError
+from calibquant.export.at_node import REPORT
 from calibquant.export.executor import execute
+from calibquant.export.file_names import DEPLOY
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.program import Program, Step
 from calibquant.export.session import Session, open_session
@@ -25,8 +27,6 @@ from calibquant.numerics.affine import aligned
 from calibquant.quantization import QuantModel
 
 Array = npt.NDArray[Any]
-DEPLOY = "deploy.onnx"
-REPORT = "report it with the recipe and the version of ONNX Runtime"
 FLOAT_OUTPUT = 1e-4  # bound on a float output that is computed in another order, relative to the largest
 
 

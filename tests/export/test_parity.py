@@ -20,10 +20,11 @@ from torch import Tensor
 from calibquant.export import code_parity
 from calibquant.export import parity as module
 from calibquant.export.executor import execute
+from calibquant.export.file_names import DEPLOY, FAKE_QUANT, FLOAT
 from calibquant.export.lowering import make_program
 from calibquant.export.onnx_deploy import deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
-from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT, Parity, check_parity, image_count, in_chunks
+from calibquant.export.parity import Parity, check_parity, image_count, in_chunks
 from calibquant.export.processor import NOT_SATURATING, runtime_saturates
 from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
