@@ -1,13 +1,14 @@
-"""The codes of deploy.onnx in ONNX Runtime, step by step, against the integer executor and the simulation.
+"""The values of exported files in ONNX Runtime, step by step, against the integer executor and the simulation.
 
-Each step of the executor is fed the runtime's own codes, so that a step is compared by itself: where it has an exact
-integer form, no code may differ; where it is computed in float, codes may differ by one step of their grid.
+Each step of the executor and each quantizer of the simulation is fed the runtime's own values, so that a step is
+compared by itself. Against the executor no code may differ in a step with an exact integer form. Where a step is
+computed in float, and against the simulation, codes may differ by one step of their grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor
 from calibquant.errors import ModelError
 from calibquant.export.at_node import REPORT
 from calibquant.export.executor import execute
-from calibquant.export.file_names import DEPLOY
+from calibquant.export.file_names import DEPLOY, FAKE_QUANT
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.program import Program, Step
-from calibquant.export.session import Session, open_session
+from calibquant.export.session import open_session
 from calibquant.numerics.affine import aligned
 from calibquant.quantization import QuantModel
+from calibquant.quantization.quantizers import ActivationQuantizer
 
 Array = npt.NDArray[Any]
 FLOAT_OUTPUT = 1e-4  # bound on a float output that is computed in another order, relative to the largest
@@ -47,22 +49,6 @@ class CodeParity:
     largest: int
 
 
-@dataclass(frozen=True)
-class CodesFound:
-    """What a comparison of codes found.
-
-    Args:
-        simulation, executor: each step against them.
-        approximate: steps whose codes may differ from the executor's by one.
-        fault: the first step that differs by more than it may; None if there is none.
-    """
-
-    simulation: tuple[CodeParity, ...]
-    executor: tuple[CodeParity, ...]
-    approximate: tuple[str, ...]
-    fault: CodeParity | None
-
-
 @dataclass
 class _Tally:
     count: int = 0
@@ -81,8 +67,94 @@ class _Tally:
         self.largest = max(self.largest, int(difference.max(initial=0)))
 
 
-class Codes:
-    """Compares the codes of deploy.onnx, chunk by chunk.
+class Simulated:
+    """The simulation in float64, whose quantizers go on with a runtime's values.
+
+    Args:
+        model: the simulation; a copy of it is run.
+    """
+
+    def __init__(self, model: QuantModel) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.tallies: dict[str, _Tally] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The quantizers that have a stored grid."""
+        return [name for name, quantizer in self.model.activation_quantizers.items() if not quantizer.dynamic]
+
+    def run(self, inputs: Sequence[Tensor], values: Mapping[str, Array]) -> Array:
+        """Compare the codes of some images.
+
+        Args:
+            inputs: what enters the network.
+            values: by quantizer, what the runtime gave in its place; its own value is taken where there is none.
+
+        Returns:
+            the simulation's output, float32.
+        """
+        handles = [
+            self.model.activation_quantizers[name].register_forward_hook(self._hook(name, torch.from_numpy(value)))
+            for name, value in values.items()
+        ]
+        try:
+            with torch.inference_mode():
+                wide = (x.double() if x.is_floating_point() else x for x in inputs)
+                output: Array = self.model(*wide).float().numpy()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output
+
+    def _hook(self, name: str, given: Tensor) -> Any:
+        """Counts how the runtime's codes differ, and goes on with its values."""
+
+        def hook(quantizer: ActivationQuantizer, _inputs: object, own: Tensor) -> Tensor:
+            theirs = given.reshape(own.shape).double()
+            want, got = (_codes(quantizer, value) for value in (own, theirs))
+            self.tallies.setdefault(name, _Tally()).add(want, got)
+            return theirs
+
+        return hook
+
+    def rows(self) -> tuple[CodeParity, ...]:
+        """Each quantizer's codes."""
+        return _rows(self.tallies)
+
+    def fault(self) -> CodeParity | None:
+        """The first quantizer whose codes differ by more than one step; None if there is none."""
+        return next((row for row in self.rows() if row.largest > 1), None)
+
+
+class FakeQuantCodes:
+    """Compares the rounded values of fake_quant.onnx with the simulation, chunk by chunk.
+
+    Args:
+        data: the file.
+        model: the simulation.
+        threads: of the session.
+
+    Raises:
+        ModelError: the file does not load.
+    """
+
+    def __init__(self, data: bytes, model: QuantModel, threads: int | None) -> None:
+        self.simulated = Simulated(model)
+        names = [f"{name}.quantized" for name in self.simulated.names]
+        self.session = open_session(FAKE_QUANT, with_outputs(data, names), threads)
+
+    def add(self, inputs: tuple[Tensor, ...]) -> Array:
+        """Compare some images; returns the simulation's output, float32.
+
+        Raises:
+            ModelError: the file fails at run time.
+        """
+        values = dict(zip(self.session.outputs, self.session.run(*(x.numpy() for x in inputs)), strict=True))
+        return self.simulated.run(inputs, {name: values[f"{name}.quantized"] for name in self.simulated.names})
+
+
+class DeployCodes:
+    """Compares the codes of deploy.onnx with the executor and the simulation, chunk by chunk.
 
     Args:
         data: the file.
@@ -95,52 +167,66 @@ class Codes:
     """
 
     def __init__(self, data: bytes, program: Program, model: QuantModel, threads: int | None) -> None:
-        self.program = program
-        steps = [step for step in program.steps if step.grid is not None]
-        names = [step.output for step in steps]
-        self.session: Session = open_session(DEPLOY, with_outputs(data, names), threads)
+        self.program, self.simulated = program, Simulated(model)
+        self.steps = {step.output: step for step in program.steps if step.grid is not None}
+        self.session = open_session(DEPLOY, with_outputs(data, list(self.steps)), threads)
         self.own = self.session.outputs[0]
-        self.steps = [name for name in names if name in self.session.outputs]
-        self.sites = {s.output: site for s in steps if s.output in self.steps and (site := _site(s, model)) is not None}
+        sites = {name: _site(step, model) for name, step in self.steps.items()}
+        self.sites = {site: name for name, site in sites.items() if site is not None}
         self.approximate: set[str] = set()
-        self.simulation: dict[str, _Tally] = {}
-        self.executor: dict[str, _Tally] = {}
+        self.tallies: dict[str, _Tally] = {}
 
-    def add(self, inputs: tuple[Array, ...], simulated: Mapping[str, Array]) -> Array:
-        """Compare the codes of some images.
-
-        Args:
-            inputs: what enters the network.
-            simulated: codes by quantizer, see `simulated_codes`.
+    def add(self, inputs: tuple[Tensor, ...]) -> tuple[Array, Array]:
+        """Compare some images.
 
         Returns:
-            the executor's output, float32.
+            the outputs of the executor and of the simulation, float32.
 
         Raises:
             ModelError: the file fails at run time, or gives an output of another shape.
         """
-        values = dict(zip(self.session.outputs, self.session.run(*inputs), strict=True))
-        done = execute(self.program, inputs, keep=True, given={name: values[name] for name in self.steps})
+        arrays = tuple(x.numpy() for x in inputs)
+        values = dict(zip(self.session.outputs, self.session.run(*arrays), strict=True))
+        done = execute(self.program, arrays, keep=True, given={name: values[name] for name in self.steps})
         self.approximate |= done.approximate
         for name in self.steps:
-            self.executor.setdefault(name, _Tally()).add(done.values[name], values[name])
-            if name in self.sites:
-                self.simulation.setdefault(name, _Tally()).add(simulated[self.sites[name]], values[name])
+            self.tallies.setdefault(name, _Tally()).add(done.values[name], values[name])
         if self.program.output not in self.steps:
             if values[self.own].shape != done.output.shape:
                 raise ModelError(DEPLOY, "gives outputs of another shape than the integer network", REPORT)
-            self.executor.setdefault(self.program.output, _Tally()).add(done.output, values[self.own])
-        return done.output
+            self.tallies.setdefault(self.program.output, _Tally()).add(done.output, values[self.own])
+        given = {site: _dequantized(self.steps[name], values[name]) for site, name in self.sites.items()}
+        return done.output, self.simulated.run(inputs, given)
 
-    def result(self) -> CodesFound:
-        """The codes against the simulation and the executor."""
-        simulation, executor = (
-            tuple(CodeParity(name, t.count, t.differing, t.largest) for name, t in tallies.items())
-            for tallies in (self.simulation, self.executor)
-        )
-        beyond = (row for row in executor if row.largest > (row.step in self.approximate))
-        order = tuple(step.output for step in self.program.steps if step.output in self.approximate)
-        return CodesFound(simulation, executor, order, next(beyond, None))
+    def rows(self) -> tuple[CodeParity, ...]:
+        """Each step's codes against the executor's."""
+        return _rows(self.tallies)
+
+    def fault(self) -> CodeParity | None:
+        """The first step that differs from the executor by more than it may; None if there is none."""
+        return next((row for row in self.rows() if row.largest > (row.step in self.approximate)), None)
+
+    def approximate_steps(self) -> tuple[str, ...]:
+        """Steps whose codes may differ from the executor's by one, in order."""
+        return tuple(step.output for step in self.program.steps if step.output in self.approximate)
+
+
+def _rows(tallies: Mapping[str, _Tally]) -> tuple[CodeParity, ...]:
+    return tuple(CodeParity(name, t.count, t.differing, t.largest) for name, t in tallies.items())
+
+
+def _codes(quantizer: ActivationQuantizer, value: Tensor) -> Array:
+    """The codes of rounded values, int32."""
+    scale, zero_point = (aligned(t, value, quantizer.plan.granularity) for t in quantizer.get())
+    codes: Array = (torch.round(value / scale) + zero_point).to(torch.int32).numpy()
+    return codes
+
+
+def _dequantized(step: Step, codes: Array) -> Array:
+    """Values of codes, float64."""
+    assert step.grid is not None
+    values: Array = (codes.astype(np.float64) - step.grid.zero_point) * np.float64(step.grid.scale)
+    return values
 
 
 def _site(step: Step, model: QuantModel) -> str | None:
@@ -151,25 +237,3 @@ def _site(step: Step, model: QuantModel) -> str | None:
         return None
     scale, zero_point = quantizer.get()
     return name if (np.float32(scale.item()), int(zero_point)) == (step.grid.scale, step.grid.zero_point) else None
-
-
-@contextmanager
-def simulated_codes(model: QuantModel) -> Iterator[dict[str, Array]]:
-    """The codes that the quantizers of the simulation give within the context, int32, by quantizer."""
-    codes: dict[str, Array] = {}
-
-    def keep(name: str) -> Any:
-        def hook(quantizer: Any, _inputs: object, value: Tensor) -> None:
-            if not quantizer.dynamic:
-                span = quantizer.plan.granularity
-                scale, zero_point = (aligned(t, value, span) for t in quantizer.get())
-                codes[name] = (torch.round(value / scale) + zero_point).to(torch.int32).numpy()
-
-        return hook
-
-    handles = [q.register_forward_hook(keep(name)) for name, q in model.activation_quantizers.items()]
-    try:
-        yield codes
-    finally:
-        for handle in handles:
-            handle.remove()

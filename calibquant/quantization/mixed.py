@@ -77,9 +77,8 @@ def _bit_operations(models: Models, names: list[str], macs: Mapping[str, int]) -
         of_weight = model.plan.weights[weight].grid.bits
         of_source = FLOAT_BITS if source is None else source.plan.bits
         count = float(macs[node.name])
-        if weight in number and entering in number:
-            pairs = np.outer(_bits_of(models, weight), choices)
-            products.append(Product(number[weight], number[entering], count * pairs))
+        if weight in number and entering in number:  # of 8 bits, if the activation gets fewer
+            products.append(Product(number[weight], number[entering], count * np.outer(choices, choices)))
         elif weight in number:
             own[number[weight]] += count * np.array(_bits_of(models, weight)) * of_source
         elif entering in number:

@@ -147,8 +147,8 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
 
     `integer` placement adds, at `residual_bits`, whatever else an integer runtime reads: the image, residual branches,
     pool outputs; and what its kernels make for a function that is computed in float, such as hardswish. 8-bit weights
-    are symmetric there, and unless the recipe's `reach` is full they get 7 bits where kernels of some processors would
-    saturate.
+    are symmetric there. Unless the recipe's `reach` is full, they get 7 bits where kernels of some processors would
+    saturate; not with activation ranges that integer kernels do not run.
 
     Boundary rules, by execution order: `qdrop`: first and last weights and the last main activation have
     `boundary_bits`; `captq`: also the first layer's output; `brecq`: first and last weights and the first layer's
@@ -176,7 +176,9 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     order = [n for n in graph.graph.nodes if n.name in sites]
     activations = {n.name: _activation_plan(n, recipe, "boundary" if n.name in wide else sites[n.name]) for n in order}
     plan = QuantPlan(weights, activations, recipe.placement, recipe.boundary, recipe.weights.reach)
-    return _within_reach(_with_named_bits(plan, recipe), graph)
+    plan = _with_named_bits(plan, recipe)
+    stored = not recipe.activations.dynamic and recipe.activations.granularity == "per_tensor"
+    return _within_reach(plan, graph) if recipe.placement == "integer" and stored else plan
 
 
 # --- where activations are quantized ----------------------------------------------------------------------------------
@@ -374,7 +376,7 @@ def _with_named_bits(plan: QuantPlan, recipe: QuantRecipe) -> QuantPlan:
 
 def _within_reach(plan: QuantPlan, graph: fx.GraphModule) -> QuantPlan:
     """The plan with weights that no integer kernel saturates with."""
-    if plan.placement != "integer" or plan.reach == "full":
+    if plan.reach == "full":
         return plan
     weights = dict(plan.weights)
     for node in graph.graph.nodes:

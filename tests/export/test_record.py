@@ -111,7 +111,7 @@ def test_records_fit_the_graph() -> None:
     layers = ["conv1", *[f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1) for c in (1, 2)], "linear"]
     assert [row["layer"] for row in rows] == layers
     assert [row["op"] for row in rows] == ["conv2d"] * 13 + ["linear"]
-    assert [row["weight"]["bits"] for row in rows] == [8, *[4] * 12, 8]
+    assert [row["weight"]["bits"] for row in rows] == [7, *[4] * 12, 7]
     assert [row["weight"]["signed"] for row in rows] == [True, *[False] * 12, True]
     sources = [row["input"]["quantizer"] for row in rows]
     # a block's first convolution reads the sum before it, its second what its first gives; the classifier the pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,30 @@ def test_changed_or_missing_images_are_an_error(run: Path) -> None:
             export_run(run)
 
 
-def test_a_file_that_deviates_leaves_the_run_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_that_deviates_or_fails_is_named_and_the_others_are_written(
+    run: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = content(run)
-    monkeypatch.setattr(exporting, "deploy_onnx", lambda *_: b"nonsense")
-    with pytest.raises(RunFolderError, match=r"deploy.onnx: .*is not an ONNX file"):
+
+    def wrong(*_: object) -> bytes:
+        if fails:
+            raise IndexError("no such channel")
+        return b"nonsense"
+
+    monkeypatch.setattr(exporting, "deploy_onnx", wrong)
+    reason = "cannot be made (IndexError: no such channel)" if fails else "is not an ONNX file"
+    with pytest.raises(RunFolderError, match=rf"deploy.onnx: was not written: .*{re.escape(reason)}") as error:
         export_run(run)
-    assert content(run) == before
+    assert "the other files are in" in str(error.value)
+    after = content(run)
+    assert set(after) - set(before) == {FLOAT, FAKE_QUANT, "parity.json"}
+    assert {name: after[name] for name in before if name != "receipt.json"} == {
+        name: data for name, data in before.items() if name != "receipt.json"
+    }
+    monkeypatch.undo()
+    export_run(run)
+    assert DEPLOY in content(run)
 
 
 def test_stored_forms_amct_and_vectors_go_to_a_folder(run: Path, tmp_path: Path) -> None:
@@ -225,7 +244,7 @@ def test_the_amct_config_has_a_layer_for_each_record(run: Path) -> None:
     assert layer["activation_quant_params"]["num_bits"] == 4
     assert layer["activation_quant_params"]["act_algo"] == "ifmr"
     assert layer["weight_quant_params"] == {"num_bits": 4, "wts_algo": "arq_quantize", "channel_wise": True}
-    assert config["fc"]["weight_quant_params"]["num_bits"] == 8
+    assert config["fc"]["weight_quant_params"]["num_bits"] == 7
 
 
 def test_layers_on_float_inputs_are_not_enabled_for_amct(made: dict[str, Path], tmp_path: Path) -> None:

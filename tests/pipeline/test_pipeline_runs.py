@@ -26,7 +26,8 @@ FILES = {
     "recipe.yaml", "manifest.csv", "model.safetensors", "graph.json", "record.json", "record.txt", "metrics.json",
     "receipt.json", "log.txt", "float.onnx", "fake_quant.onnx", "deploy.onnx", "parity.json",
 }  # fmt: skip
-STAGES = ("prepare", "weights", "activations", "accumulation", "evaluate_float", "evaluate_quantized", "export")
+STAGES = ("prepare", "weights", "activations", "accumulation", "evaluate_float", "evaluate_quantized",
+          "evaluate_deployed", "export")  # fmt: skip
 
 
 def small() -> nn.Module:
@@ -143,7 +144,7 @@ def test_a_reporter_hears_every_step_and_progress_to_its_end(fields: dict[str, A
     listener = Listener()
     calibquant.quantize(fields, small(), tensors(), tensors(seed=1), listener)
     assert listener.steps == [(i, 7) for i in range(1, 8)]
-    assert [pair for pair in listener.done if pair[0] == pair[1]] == [(2, 2), (16, 16), (24, 24), (24, 24)]
+    assert [pair for pair in listener.done if pair[0] == pair[1]] == [(2, 2), (16, 16), *[(24, 24)] * 3]
     assert listener.notes[0].startswith("16 calibration images; ")
 
 

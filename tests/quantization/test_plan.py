@@ -19,6 +19,7 @@ from calibquant.errors import QuantizationError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.numerics.grid import Grid, PerChannel, PerTensor
 from calibquant.quantization import QuantModel, QuantPlan, make_plan
+from calibquant.quantization.plan import TensorPlan
 from calibquant.recipe import ActivationRecipe, Boundary, Placement, QuantRecipe, WeightRecipe
 from calibquant.zoo.cifar_resnet import CifarResNet
 
@@ -217,18 +218,52 @@ def test_the_boundary_never_narrows() -> None:
     [
         ("integer", 4, False, (Grid(4), False)),
         ("integer", 4, True, (Grid(4, signed=True), True)),
-        ("integer", 8, False, (Grid(8, signed=True), True)),
+        ("integer", 8, False, (Grid(7, signed=True), True)),
+        ("integer", 7, False, (Grid(7, signed=True), True)),
+        ("integer", 6, False, (Grid(6), False)),
         ("integer", 16, False, (Grid(16), False)),
         ("academic", 8, False, (Grid(8), False)),
         ("academic", 8, True, (Grid(8, signed=True), True)),
     ],
 )
 def test_grids_of_weights(placement: Placement, bits: int, symmetric: bool, expected: tuple[Grid, bool]) -> None:
-    weights = WeightRecipe(bits=bits, symmetric=symmetric)
-    plan = make_plan(graph_of(residual), QuantRecipe(placement=placement, boundary="none", weights=weights))
+    """With activations of 8 bits: integer kernels take a weight within ±64 of its zero point on every processor."""
+    recipe = QuantRecipe(
+        placement=placement, boundary="none", weights=WeightRecipe(bits=bits, symmetric=symmetric),
+        activations=ActivationRecipe(bits=8),
+    )  # fmt: skip
+    plan = make_plan(graph_of(residual), recipe)
     assert list(plan.weights) == ["a.weight", "b.weight", "c.weight", "fc.weight"]
     assert {(p.grid, p.symmetric) for p in plan.weights.values()} == {expected}
     assert {p.granularity for p in plan.weights.values()} == {PerChannel(0)}
+
+
+def test_reach_follows_the_bits_of_what_a_weight_meets() -> None:
+    """8-bit weights at 4-bit activations, in other placements, and where no integer kernel runs, keep 8 bits."""
+
+    def bits(**fields: object) -> set[int]:
+        weights = WeightRecipe(bits=8, reach=fields.pop("reach", "auto"))  # type: ignore[arg-type]
+        recipe = QuantRecipe(**{"boundary": "none", "weights": weights, **fields})  # type: ignore[arg-type]
+        return {p.grid.bits for p in make_plan(graph_of(residual), recipe).weights.values()}
+
+    wide = ActivationRecipe(bits=8)
+    assert bits(activations=wide) == {7}
+    assert bits(activations=wide, reach="full") == {8}
+    assert bits(activations=wide, placement="academic") == {8}
+    assert bits(activations=ActivationRecipe(bits=8, dynamic=True)) == {8}
+    assert bits(activations=ActivationRecipe(bits=8, granularity="per_channel")) == {8}
+    assert bits(activations=ActivationRecipe(bits=4), residual_bits=4) == {8}
+    assert bits(activations=ActivationRecipe(bits=7), residual_bits=7) == {8}
+    assert bits(activations=ActivationRecipe(bits=16), residual_bits=16) == {8}
+
+
+def test_other_bits_stay_within_the_reach() -> None:
+    recipe = QuantRecipe(boundary="none", activations=ActivationRecipe(bits=8))
+    plan = make_plan(graph_of(residual), recipe)
+    assert plan.weights["b.weight"].reach == 64
+    for bits, expected in ((8, Grid(7, signed=True)), (7, Grid(7, signed=True)), (6, Grid(6)), (16, Grid(16))):
+        assert plan.with_bits("b.weight", bits).weights["b.weight"].grid == expected
+    assert TensorPlan.from_json(plan.weights["b.weight"].to_json()) == plan.weights["b.weight"]
 
 
 def test_granularity_and_transposed_convolutions() -> None:
@@ -261,8 +296,8 @@ def test_shared_parameters_are_planned_once(name: str, parameter: str, users: in
     assert [len(n.users) for n in graph.graph.nodes if n.target == parameter] == [users]
     plan = make_plan(graph, QuantRecipe())
     assert list(plan.weights).count(parameter) == 1
-    if name == "tied_embedding":  # the boundary rules know layers, and a lookup is none
-        assert {n: p.grid.bits for n, p in plan.weights.items()} == {"embedding.weight": 8, "hidden.weight": 8}
+    if name == "tied_embedding":  # the boundary rules know layers, and a lookup is none; 8 bits that meet 8 are 7
+        assert {n: p.grid.bits for n, p in plan.weights.items()} == {"embedding.weight": 7, "hidden.weight": 7}
 
 
 # --- the plan as a value ----------------------------------------------------------------------------------------------
