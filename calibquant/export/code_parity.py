@@ -16,7 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibquant.errors import ModelError
+from calibquant.export.at_node import REPORT
 from calibquant.export.executor import execute
+from calibquant.export.file_names import DEPLOY
 from calibquant.export.onnx_files import with_outputs
 from calibquant.export.program import Program, Step
 from calibquant.export.session import Session, open_session
@@ -95,7 +98,7 @@ class Codes:
         self.program = program
         steps = [step for step in program.steps if step.grid is not None]
         names = [step.output for step in steps]
-        self.session: Session = open_session("deploy.onnx", with_outputs(data, names), threads)
+        self.session: Session = open_session(DEPLOY, with_outputs(data, names), threads)
         self.own = self.session.outputs[0]
         self.steps = [name for name in names if name in self.session.outputs]
         self.sites = {s.output: site for s in steps if s.output in self.steps and (site := _site(s, model)) is not None}
@@ -114,7 +117,7 @@ class Codes:
             the executor's output, float32.
 
         Raises:
-            ModelError: the file fails at run time.
+            ModelError: the file fails at run time, or gives an output of another shape.
         """
         values = dict(zip(self.session.outputs, self.session.run(*inputs), strict=True))
         done = execute(self.program, inputs, keep=True, given={name: values[name] for name in self.steps})
@@ -124,8 +127,9 @@ class Codes:
             if name in self.sites:
                 self.simulation.setdefault(name, _Tally()).add(simulated[self.sites[name]], values[name])
         if self.program.output not in self.steps:
-            tally = self.executor.setdefault(self.program.output, _Tally())
-            tally.add(done.values.get(self.program.output, done.output), values[self.own])
+            if values[self.own].shape != done.output.shape:
+                raise ModelError(DEPLOY, "gives outputs of another shape than the integer network", REPORT)
+            self.executor.setdefault(self.program.output, _Tally()).add(done.output, values[self.own])
         return done.output
 
     def result(self) -> CodesFound:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from calibquant.export import kernels
+from calibquant.export.at_node import at_node
 from calibquant.export.audit import in_pairs
 from calibquant.export.kernels import Codes, Floats
 from calibquant.export.program import QUANTIZE, TABLE, ActivationGrid, Program, Step, names_of
@@ -69,6 +70,7 @@ def execute(
 
     Raises:
         ValueError: the program takes another number of inputs.
+        ModelError: a step cannot be computed.
 
     Example:
         >>> execute(make_program(model), images).output.argmax(1)  # doctest: +SKIP
@@ -80,7 +82,8 @@ def execute(
     run, given = _Run(program, dict(zip(program.inputs, inputs, strict=True)), saturating), given or {}
     made: dict[str, Array] = {}
     for position, step in enumerate(program.steps):
-        value = run.compute(step)
+        with at_node(step.output, "computed"):
+            value = run.compute(step)
         if keep:
             made[step.output] = value
         run.values[step.output] = given.get(step.output, value)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from calibquant.errors import QuantizationError
+from calibquant.export.at_node import at_node
 from calibquant.export.audit import saturating_channels
 from calibquant.export.functions import Function, function_of, identity_of
 from calibquant.export.kernels import level_table
@@ -82,7 +83,8 @@ class _Lowering:
             elif node.op == "output":
                 output = self._value(node.all_input_nodes[0])
             elif node.op == "call_function" and node not in self.value:
-                self._lower_op(node)
+                with at_node(node.name, "made an integer step"):
+                    self._lower_op(node)
         named = {name for step in self.steps for name in names_of(step.inputs)}
         parameters = {
             name: self.weights[name].values() if name in self.weights else tensor.numpy()

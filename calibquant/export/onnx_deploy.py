@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibquant.export.at_node import at_node
 from calibquant.export.kernels import EXACT_FLOAT32, mean_factor
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph, Shape
@@ -65,20 +66,24 @@ class _DeployFile:
         for name, tensor in self.inputs.items():
             self.graph.input(name, self.shapes[name], numpy_dtype(tensor))
         for step in self.steps:
-            if step.op == QUANTIZE:
-                self._quantize(self._float(step.inputs[0]), step)
-            elif step.op == TABLE:
-                self._look_up(step)
-            elif step.on_codes:
-                self._on_codes(step)
-            elif step.op == "mean" and self.grids[step.inputs[0]] is not None:
-                self._mean_of_codes(step)
-            elif step.op == "linear" and step.integer and len(self.shapes[step.inputs[0]]) != 2:
-                self._linear_of_rows(step)
-            else:
-                self._computed(step)
+            with at_node(step.output, "written"):
+                self._write_step(step)
         result = self.program.output
         return self.graph.to_bytes(self._float(result), self.shapes[result], BATCH, self._metadata())
+
+    def _write_step(self, step: Step) -> None:
+        if step.op == QUANTIZE:
+            self._quantize(self._float(step.inputs[0]), step)
+        elif step.op == TABLE:
+            self._look_up(step)
+        elif step.on_codes:
+            self._on_codes(step)
+        elif step.op == "mean" and self.grids[step.inputs[0]] is not None:
+            self._mean_of_codes(step)
+        elif step.op == "linear" and step.integer and len(self.shapes[step.inputs[0]]) != 2:
+            self._linear_of_rows(step)
+        else:
+            self._computed(step)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

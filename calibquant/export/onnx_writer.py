@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from calibquant.export.at_node import at_node
 from calibquant.export.onnx_calls import BATCH, Call, example_inputs, infer_shapes, numpy_dtype, resolve
 from calibquant.export.onnx_files import OnnxGraph
 from calibquant.export.onnx_ops import ROWS
@@ -88,7 +89,8 @@ class _FloatFile:
         for step in self.steps:
             inputs, known = resolve(step.inputs, names), resolve(step.inputs, shapes)
             output = step.output
-            ROWS[step.op](Call(self.graph, inputs, known, output, shapes[output], step.attributes))
+            with at_node(output, "written"):
+                ROWS[step.op](Call(self.graph, inputs, known, output, shapes[output], step.attributes))
             names[output] = self._quantized(output)
         file = "fake_quant" if self.simulated else "float"
         return self.graph.to_bytes(names[self.result], shapes[self.result], BATCH, {"calibquant.file": file})

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from calibquant.errors import ModelError
+from calibquant.export.at_node import REPORT
 from calibquant.export.audit import saturating_steps
 from calibquant.export.code_parity import CodeParity, Codes, simulated_codes
 from calibquant.export.executor import execute
+from calibquant.export.file_names import DEPLOY, FAKE_QUANT, FLOAT
 from calibquant.export.processor import EVERY, NOT_SATURATING, runtime_saturates
 from calibquant.export.program import Program
 from calibquant.export.session import Session, open_session
 from calibquant.parallel import images_at_once
 from calibquant.quantization import QuantModel
 
-FLOAT, FAKE_QUANT, DEPLOY = "float.onnx", "fake_quant.onnx", "deploy.onnx"
 NETWORK, SIMULATION, INTEGER = "float network", "simulation", "integer network"
 IMAGES = 256  # that the decisions of deploy.onnx are compared on
 CODED = 32  # of these, whose every code and every file's outputs are compared
@@ -37,7 +38,6 @@ CHUNK = 8  # images at a time at the most: every value of the network is held at
 RELATIVE = 1e-3  # bound on float.onnx: of the largest output
 CHANGED, CHANGED_AT_LEAST = 0.01, 2  # bound on changed decisions: a share, or a number on few images
 MEAN = 0.01  # bound on the mean difference of outputs, of the largest output
-REPORT = "report it with the recipe and the version of ONNX Runtime"
 AVX2 = "this processor (x86 without VNNI) saturates sums of 8-bit products"
 
 Array = npt.NDArray[Any]
@@ -199,7 +199,8 @@ class _Comparison:
         try:
             return what()
         except ModelError as error:
-            self.faults[name] = f"{error.problem}; {error.mend}"
+            where = "" if error.where == name else f"{error.where}: "
+            self.faults[name] = f"{where}{error.problem}; {error.mend}"
             return None
 
     def add(self, chunk: Chunk) -> None:

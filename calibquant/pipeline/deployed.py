@@ -12,7 +12,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import CalibQuantError, ModelError, RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.evaluation.onnx_network import OnnxNetwork
-from calibquant.export.parity import FLOAT
+from calibquant.export.file_names import FLOAT
 from calibquant.export.session import open_session
 from calibquant.parallel import set_threads
 from calibquant.pipeline.by_class import NONE, ByClass

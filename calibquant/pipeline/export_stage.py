@@ -11,7 +11,7 @@ import torch
 from calibquant.errors import CalibQuantError
 from calibquant.evaluation import Evaluation
 from calibquant.evaluation.onnx_network import OnnxNetwork
-from calibquant.export.parity import DEPLOY
+from calibquant.export.file_names import DEPLOY
 from calibquant.export.processor import EVERY
 from calibquant.export.session import brief, open_session
 from calibquant.pipeline.exporting import export_files

@@ -15,17 +15,15 @@ from typing import Any, TypeVar, get_args
 from calibquant.errors import CalibQuantError, RecipeError, RunFolderError, nearest
 from calibquant.export.amct import CONFIG, amct_config
 from calibquant.export.artifact import GRAPH, MODEL, load_artifact, size_of
+from calibquant.export.at_node import REPORT
 from calibquant.export.audit import summarize
+from calibquant.export.file_names import DEPLOY, FAKE_QUANT, FLOAT
 from calibquant.export.lowering import make_program, refusal
 from calibquant.export.onnx_content import opset_of
 from calibquant.export.onnx_deploy import Storage, deploy_onnx
 from calibquant.export.onnx_writer import fake_quant_onnx, float_onnx
 from calibquant.export.parity import (
     CHUNK,
-    DEPLOY,
-    FAKE_QUANT,
-    FLOAT,
-    REPORT,
     Chunk,
     Parity,
     check_parity,

@@ -127,13 +127,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brecq-reference": _BRECQ_CODE,
     "qdrop-reference": _QDROP_CODE,
     "captq-reference": {**_QDROP_CODE, "quant": {**_QDROP_CODE["quant"], "boundary": "captq"}},
-    # What most 8-bit toolkits do: symmetric per-channel weights, min-max activations, everything integer.
+    # Symmetric per-channel weights and min-max activations, everything integer, as most 8-bit toolkits do. Gram
+    # rounding and bias correction make up for the bit that weights lose where kernels of some processors saturate.
     "int8": {
         "quant": {
             "placement": "integer",
             "boundary": "none",
-            "weights": {"bits": 8, "symmetric": True, "observer": "minmax"},
+            "weights": {"bits": 8, "symmetric": True, "observer": "minmax", "rounding": "gram"},
             "activations": {"bits": 8, "observer": "minmax"},
+            "bias_correction": "empirical",
         },
     },
 }

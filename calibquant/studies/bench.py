@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.export.artifact import load_artifact
-from calibquant.export.parity import DEPLOY, FLOAT
+from calibquant.export.file_names import DEPLOY, FLOAT
 from calibquant.export.session import Session, import_runtime, open_session
 from calibquant.pipeline import Reporter, run_recipe
 from calibquant.pipeline.reporting import Silent, begin, note

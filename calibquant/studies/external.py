@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from calibquant.errors import ModelError
 from calibquant.evaluation.onnx_network import OnnxNetwork
+from calibquant.export.file_names import FLOAT
 from calibquant.export.onnx_content import parse
 from calibquant.export.onnx_writer import float_onnx
-from calibquant.export.parity import FLOAT
 from calibquant.export.session import brief, open_session
 from calibquant.pipeline import Prepared
 from calibquant.quantization import QuantModel, make_plan

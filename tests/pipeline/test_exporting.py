@@ -14,7 +14,7 @@ from torch import nn
 
 import calibquant
 from calibquant.errors import CalibQuantError, DataError, ModelError, RecipeError, RunFolderError
-from calibquant.export.parity import DEPLOY, FAKE_QUANT, FLOAT
+from calibquant.export.file_names import DEPLOY, FAKE_QUANT, FLOAT
 from calibquant.export.session import open_session
 from calibquant.pipeline import exporting
 from calibquant.pipeline.deployed import evaluate_onnx
