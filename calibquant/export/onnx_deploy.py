@@ -117,6 +117,8 @@ class _DeployFile:
         output = step.output if step.grid is None else f"{step.output}.unrounded"
         if step.op == "conv_transpose2d" and inputs[2] is not None:
             self._with_float_bias(step, inputs, output)
+        elif step.op == "softmax" and step.grid is not None:
+            self._unfused_softmax(step, inputs, output)
         else:
             ROWS[step.op](self._call(step, tuple(inputs), output))
         if step.grid is not None:
@@ -133,6 +135,15 @@ class _DeployFile:
         column = self.graph.constant((-1, 1, 1), np.int64)
         bias = self.graph.node("Reshape", [inputs[2], column], self.graph.free(f"{step.output}.bias.column"))
         self.graph.node("Add", [product, bias], output)
+
+    def _unfused_softmax(self, step: Step, inputs: list[Any], output: str) -> None:
+        """A Softmax in float: ONNX Runtime's QLinearSoftmax takes floor(1 / scale) for 1 / scale.
+
+        The maximum with 0 changes nothing, and keeps ONNX Runtime from fusing.
+        """
+        product = self.graph.free(f"{step.output}.softmax")
+        ROWS[step.op](self._call(step, tuple(inputs), product))
+        self.graph.node("Max", [product, self.graph.constant(0)], output)
 
     def _mean_of_codes(self, step: Step) -> None:
         """The sum of the codes, less that of their zero points, times one factor: no order of adding changes it.

@@ -86,8 +86,8 @@ def test_every_code_equals_onnx_runtimes(name: str, bits: tuple[int, int]) -> No
     done = execute(program, images.numpy(), keep=True)
     values = runtime_values(program, images)
     assert assert_equal(program, done, values) > 0
-    if name in MAIN:  # all but a mean is exact, and so are the logits behind its codes
-        assert {step.op for step in program.steps if step.output in done.approximate} <= {"mean"}
+    if name in MAIN:  # all is exact, and so are the logits behind the codes
+        assert not done.approximate
         np.testing.assert_allclose(done.output, values[program.output], rtol=1e-5, atol=1e-5)
 
 
