@@ -10,6 +10,7 @@ import gc
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -51,6 +52,31 @@ def _wrapped(module: nn.Module) -> str | None:
     return "module" if isinstance(module, _AROUND) else None
 
 
+def check_network(network: object) -> None:
+    """Check that a network that a user passed is an nn.Module.
+
+    Raises:
+        ModelError: it is something else; says what to pass.
+    """
+    if isinstance(network, nn.Module):
+        return
+    kind = type(network).__name__
+    if isinstance(network, Mapping):
+        wrong = (
+            f"is of type {kind}, not an nn.Module",
+            "build the network, load the weights with load_state_dict and pass it",
+        )
+    elif isinstance(network, type):
+        wrong = f"is the class {network.__name__}, not a network", f"pass an instance, e.g. {network.__name__}()"
+    elif isinstance(network, (str, PurePath)):
+        wrong = f"is the {kind} '{network}'", "leave network out, and set model.name and model.weights in the recipe"
+    elif callable(network):
+        wrong = f"is of type {kind}, not an nn.Module", "pass an nn.Module whose forward calls it"
+    else:
+        wrong = f"is of type {kind}, not an nn.Module", "pass an nn.Module"
+    raise ModelError("network", *wrong)
+
+
 def float_copy(network: nn.Module) -> nn.Module:
     """A copy of a network as float32 on the CPU in evaluation mode, which computes the same from plain weights.
 
@@ -58,7 +84,8 @@ def float_copy(network: nn.Module) -> nn.Module:
     each call (pruning, weight_norm, spectral_norm) become plain parameters.
 
     Raises:
-        ModelError: a tensor has no values, or is of a kind that is not supported, or the network cannot be copied.
+        ModelError: it is no nn.Module, a tensor has no values or is of a kind that is not supported, or it cannot be
+            copied.
     """
     copied = owned_copy(network).eval()
     with torch.no_grad():
@@ -76,6 +103,7 @@ def owned_copy(network: nn.Module) -> nn.Module:
     Raises:
         ModelError: as `float_copy`.
     """
+    check_network(network)
     network = bare(network)
     check_kinds(network)
     memo: dict[int, Any] = {}
@@ -117,14 +145,15 @@ def check_values(network: nn.Module) -> None:
         statistic = name.rpartition(".")[2] if what == "buffer" else None
         if tensor.is_floating_point() and statistic in (None, "running_mean", "running_var"):
             if (wrong := beyond(tensor)) is not None:
-                raise ModelError(f"network, {what} '{name}'", wrong, "give a network whose training did not diverge")
+                mend = "give a network whose training did not diverge"
+                raise ModelError(f"network, {what} '{name}'", f"holds {wrong}", mend)
             if statistic == "running_var" and bool((tensor < 0).any()):
                 problem = f"holds {float(tensor.min()):.3g}, which is no variance"
                 raise ModelError(f"network, buffer '{name}'", problem, "load the weights and statistics of a training")
 
 
 def beyond(values: Tensor, masks: bool = False) -> str | None:
-    """What is wrong with the size of some values, as an error says it; None where all are finite and within LIMIT.
+    """Which values are not finite or beyond LIMIT, in words that follow "holds"; None where there are none.
 
     Args:
         values: floating point, any shape and device.
@@ -132,7 +161,7 @@ def beyond(values: Tensor, masks: bool = False) -> str | None:
 
     Example:
         >>> beyond(torch.tensor([1.0, -3e20])), beyond(torch.tensor([2.0]))
-        ('reaches -3e+20; the largest magnitude that can be quantized is 1e+19', None)
+        ('values up to -3e+20, where 1e+19 is the largest magnitude that can be quantized', None)
     """
     if not values.numel():
         return None
@@ -140,10 +169,11 @@ def beyond(values: Tensor, masks: bool = False) -> str | None:
     if masks and low == -torch.inf:
         return None if high <= LIMIT else beyond(values.clamp(min=-LIMIT))
     if low != low or max(-low, high) == torch.inf:
-        return "holds NaN or infinite values"
+        return "NaN or infinite values"
     if max(-low, high) <= LIMIT:
         return None
-    return f"reaches {high if high >= -low else low:.3g}; the largest magnitude that can be quantized is {LIMIT:.0e}"
+    most = high if high >= -low else low
+    return f"values up to {most:.3g}, where {LIMIT:.0e} is the largest magnitude that can be quantized"
 
 
 def output_words(output: object) -> tuple[str, str]:
