@@ -185,7 +185,7 @@ def output_words(output: object) -> tuple[str, str]:
     """
     if is_dataclass(output) and not isinstance(output, type):
         values = {field.name: getattr(output, field.name) for field in fields(output)}
-        return f"a {type(output).__name__} with {', '.join(values)}", f"network(x).{_logits(values)}"
+        return f"a dataclass {type(output).__name__} with {', '.join(values)}", f"network(x).{_logits(values)}"
     if isinstance(output, Mapping):
         keys = ", ".join(repr(key) for key in output)
         return f"a dictionary with {keys}", f"network(x)[{_logits(output)!r}]"
@@ -223,7 +223,7 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 def _unusable(tensor: Tensor) -> tuple[str, str] | None:
     """Why nothing can be computed with a tensor, and the mend; None where it can."""
     if is_lazy(tensor):
-        once = "run the network once on images of the right shape before it is given, e.g. network(images[:1])"
+        once = "run it once on images of the right shape before you pass it, e.g. network(images[:1])"
         return "has no shape yet, since its layer is lazy", once
     if tensor.is_meta:
         return (

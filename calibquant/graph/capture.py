@@ -118,7 +118,9 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     if not finite.all():
         same = torch.equal(finite, torch.isfinite(b)) and torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
         return relative_difference(a[finite], b[finite]) if same else float("inf")
-    difference = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    if not a.numel():
+        return 0.0
+    difference = (a.double() - b.double()).abs().max().item()
     return difference / max(1.0, a.double().abs().max().item()) if difference == difference else float("inf")
 
 

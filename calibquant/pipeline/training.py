@@ -218,8 +218,9 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     training = begin_training(network, settings(recipe), steps_of(settings(recipe), source.steps), device)
     evaluation = images if evaluation is None else evaluation
     check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
-    looked_at = measured(evaluation, recipe.evaluation.count)
-    check_labels(looked_at, _classes(training.network, next(batches(looked_at, 1)).images.to(device)))
+    at_the_end = measured(evaluation, recipe.evaluation.count)
+    size = next(batches(at_the_end, 1)).images.shape  # all that is known of these images before the end
+    check_labels(at_the_end, _classes(training.network, torch.zeros(size, device=device)))
     return Job(training, source, held, evaluation, fingerprint(learned))
 
 
