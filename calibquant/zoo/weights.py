@@ -188,9 +188,10 @@ def _state_dict(held: object, path: Path) -> tuple[dict[str, Tensor], str | None
 
 
 def _without_counters(loaded: State, targets: State) -> tuple[State, list[str]]:
-    """`loaded` without the entries of `COUNTERS` that the network has not, and which of these there were."""
-    extra = {key: key.rpartition(".")[2] for key in loaded if key not in targets}
-    extra = {key: name for key, name in extra.items() if name in COUNTERS}
+    """`loaded` without entries of `COUNTERS`, unless the network has such entries itself, and which there were."""
+    own = {key.rpartition(".")[2] for key in targets}
+    counted = {key: key.rpartition(".")[2] for key in loaded}
+    extra = {key: name for key, name in counted.items() if name in COUNTERS and name not in own}
     return {key: value for key, value in loaded.items() if key not in extra}, sorted(set(extra.values()))
 
 

@@ -74,7 +74,7 @@ def thop(state: State) -> State:
 
 def part_wrapped(state: State, part: str) -> State:
     """Of a network of which one stage is wrapped."""
-    return {key.replace("stage1.", f"stage1.{part}.") if key.startswith("stage1.") else key: v for key, v in state.items()}
+    return {key.replace("layer1.", f"layer1.{part}."): value for key, value in state.items()}
 
 
 NO_WEIGHTS = "its entries {} are no weights and are left out"
@@ -93,7 +93,7 @@ REMARKED: dict[str, tuple[Callable[[State], Any], str]] = {
         f"{NO_WEIGHTS.format('total_ops, total_params')}; {TAKEN_OFF.format('model.')}",
     ),
     "compiled part": (lambda s: part_wrapped(s, "_orig_mod"), ""),
-    "parallel part": (lambda s: part_wrapped(prefixed(s, ""), "module"), ""),
+    "parallel part": (lambda s: part_wrapped(s, "module"), ""),
 }
 
 
@@ -106,19 +106,6 @@ def test_prefixes_and_counters_of_other_tools_are_taken_off(
     torch.save(change(other), path)
     assert zoo.load_weights(network, path) == (f"{path}: {remark}" if remark else "")
     assert same(network, other)
-
-
-def test_a_prefix_is_taken_off_before_other_authors_names_are_translated(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    network, names = zoo.build("mobilenet_v2", width=0.25), BRECQ_MOBILENET_V2
-    theirs = {f"features.{i}.conv.{j}.weight" for i in (2,) for j in (0, 3, 6)}
-    assert names.translate(theirs) is not None
-    state = {key: value + 1 for key, value in zoo.build("mobilenet_v2", width=0.25).state_dict().items()}
-    back = {ours: key for key, ours in _brecq_keys(state).items()}
-    torch.save({f"model.{back[key]}": value for key, value in state.items()}, tmp_path / "w.pt")
-    said = zoo.load_weights(network, tmp_path / "w.pt")
-    assert said.endswith("the prefix 'model.' of its keys is taken off; its key names are BRECQ's")
-    assert same(network, state)
 
 
 def test_a_network_whose_own_keys_begin_alike_keeps_them(tmp_path: Path) -> None:
