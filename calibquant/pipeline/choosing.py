@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from calibquant.data import ImageSet, Manifest, find_images, manifest_csv, open_images, read_manifest
+from calibquant.data import ImageSet, Manifest, check_images, find_images, manifest_csv, open_images, read_manifest
 from calibquant.data.lists import read_rows
 from calibquant.data.manifest import COLUMNS
 from calibquant.errors import DataError
@@ -72,7 +72,7 @@ def select(
     _, candidates = open_candidates(as_recipe(recipe), network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
-        write_atomic(out, manifest_csv(manifest).encode())
+        write_atomic(Path(out), manifest_csv(manifest).encode())
     return manifest
 
 
@@ -129,6 +129,9 @@ def _given(recipe: Recipe, images: ImageSet, given: Path | ImageSet) -> tuple[Im
     """The set that is judged, and which of its images."""
     if isinstance(given, ImageSet):
         return given, list(range(len(given)))
+    if not isinstance(given, (str, Path)):
+        check_images(given, "images to judge")
+    given = Path(given)
     path = given / "manifest.csv" if (given / "manifest.csv").is_file() else given
     if path.is_dir():
         own = recipe.data.model_copy(update={"kind": "folder", "root": path.parent, "calibration": path.name})

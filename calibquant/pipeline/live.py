@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from calibquant.data import ImageSet, check_images
-from calibquant.errors import ModelError, RecipeError
+from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.networks import bare, check_network
 from calibquant.recipe import Recipe, make_recipe
 
@@ -31,6 +31,18 @@ def as_recipe(recipe: Recipe | dict[str, Any]) -> Recipe:
     if isinstance(recipe, (str, Path)):
         mend = f"pass calibquant.load_recipe({str(recipe)!r})"
     raise RecipeError("recipe", f"is of type {type(recipe).__name__}, not a recipe", mend)
+
+
+def as_path(path: Path | str, where: str) -> Path:
+    """A path, or the one that a string names.
+
+    Raises:
+        RunFolderError: it is something else.
+    """
+    if isinstance(path, (str, Path)):
+        return Path(path)
+    mend = "pass its attribute folder" if hasattr(path, "folder") else "pass the path of a run folder"
+    raise RunFolderError(where, f"is of type {type(path).__name__}, not a path", mend)
 
 
 def checked_live(

@@ -24,7 +24,7 @@ from calibquant.pipeline.finetuning import (
     measure_before,
 )
 from calibquant.pipeline.folders import run_folder
-from calibquant.pipeline.live import Live, as_recipe, checked_live
+from calibquant.pipeline.live import Live, as_path, as_recipe, checked_live
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
 from calibquant.pipeline.stages import (
@@ -131,7 +131,7 @@ def finetune(
         >>> len(trained.metrics["finetune"]["epochs"])
         1
     """
-    live = checked_live(network, calibration, evaluation)
+    start, live = as_path(start, "start"), checked_live(network, calibration, evaluation)
     done = open_run(start)
     recipe = run_recipe(done, overrides)
     if recipe.finetune is None:
@@ -171,7 +171,7 @@ def resume(
     Example:
         >>> calibquant.pipeline.resume(Path("runs/cifar_resnet20-w2a2-001"))  # doctest: +SKIP
     """
-    live = checked_live(network, calibration, evaluation)
+    run, live = as_path(run, "run"), checked_live(network, calibration, evaluation)
     with run_folder(lambda: interrupted_run(run)) as folder:
         return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
 

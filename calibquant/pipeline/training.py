@@ -18,7 +18,7 @@ from calibquant.networks import check_values, output_words, owned_copy, short
 from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
-from calibquant.pipeline.live import Live, as_recipe, check_weights_file, checked_live
+from calibquant.pipeline.live import Live, as_path, as_recipe, check_weights_file, checked_live
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, measured, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
@@ -123,7 +123,7 @@ def resume_training(
     Raises:
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
     """
-    live = checked_live(network, images, evaluation)
+    run, live = as_path(run, "run"), checked_live(network, images, evaluation)
     with run_folder(lambda: interrupted_run(run, TRAINING)) as folder:
         return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import calibquant
 from calibquant import TensorImages
 from calibquant.data import ImageSet
-from calibquant.errors import CalibQuantError, CaptureError, DataError, ModelError, RecipeError
+from calibquant.errors import CalibQuantError, CaptureError, DataError, ModelError, RecipeError, RunFolderError
 from calibquant.pipeline import dry_run, evaluate_float, resume, resume_training
 from calibquant.recipe import make_recipe
 
@@ -420,3 +420,47 @@ def test_the_float_network_of_a_file_may_be_in_another_form(tmp_path: Path) -> N
 def test_a_capture_error_is_raised_before_any_image_is_chosen(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="fails on images of 1 x 8 x 8"):
         calibquant.quantize(fields(tmp_path), network(), images(channels=1))
+
+
+# --- the other arguments ----------------------------------------------------------------------------------------------
+
+
+def test_paths_may_be_strings_and_a_run_is_told_to_pass_its_folder(tmp_path: Path) -> None:
+    run = calibquant.quantize(fields(tmp_path), network(), images())
+    again = calibquant.finetune(str(run.folder), ["finetune.epochs=1"], network(), images())  # type: ignore[arg-type]
+    assert again.metrics["started_from"] == str(run.folder)
+    for call in (calibquant.finetune, resume, resume_training):
+        with pytest.raises(
+            RunFolderError, match=r"^(start|run): is of type Run, not a path; pass its attribute folder"
+        ):
+            call(run)  # type: ignore[operator]
+    recipe = fields(tmp_path, calibration={"count": 4})
+    chosen = calibquant.select(recipe, network(), images(), str(tmp_path / "chosen.csv"))  # type: ignore[arg-type]
+    judged = calibquant.judge(recipe, str(tmp_path / "chosen.csv"), network(), images())  # type: ignore[arg-type]
+    assert len(chosen.rows) == 4
+    assert judged.pool == 8
+    assert dry_run(recipe, network(), images()).images == 4
+
+
+@pytest.mark.parametrize("given", [STACK, None])
+def test_what_cannot_be_judged_is_told_what_to_pass(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^images to judge: are of type .*, not a set of images; pass calibquant"):
+        calibquant.judge(fields(tmp_path), given, network(), images())
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (torch.zeros(3, 8, 8).numpy(), r"ndarray, float32 of shape \(3, 8, 8\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"Tensor, uint8 of shape \(3, 8, 8\)"),
+        (torch.zeros(3, 8, 8).double(), r"Tensor, float64 of shape"),
+        (torch.zeros(8, 8), r"Tensor, float32 of shape \(8, 8\)"),
+    ],
+)  # fmt: skip
+def test_a_set_of_ones_own_that_gives_other_images_is_named(image: Any, what: str, tmp_path: Path) -> None:
+    class Own(TensorImages):
+        def image(self, i: int) -> Tensor:
+            return image  # type: ignore[no-any-return]
+
+    with pytest.raises(DataError, match=rf"^tensor#\d: is {what}.*, not a float32 tensor of shape \(C, H, W\)"):
+        calibquant.quantize(fields(tmp_path), network(), Own(STACK))
