@@ -300,12 +300,7 @@ class _Refused:
 
 
 class Expanded:
-    """A tensor that an operation broadcasts, such as `expand`: sums and products take the smaller one, which is equal.
-
-    Args:
-        source: the smaller tensor, a canonical node or a constant.
-        values: the expanded one, for either batch.
-    """
+    """The result of `expand` and the like (`values`, for either batch): sums and products take its `source` instead."""
 
     def __init__(self, source: fx.Node | Tensor, values: tuple[Tensor, Tensor]) -> None:
         self.source = source
