@@ -10,7 +10,7 @@ from pathlib import Path
 FLOORS = {
     "errors": 0,
     "recipe": 1, "runfolder": 1, "parallel": 1,
-    "numerics": 2, "metrics": 2,
+    "networks": 2, "numerics": 2, "metrics": 2,
     "graph": 3, "data": 3, "zoo": 3,
     "quantization": 4, "features": 4,
     "export": 5, "reconstruction": 5, "training": 5, "selection": 5, "evaluation": 5,

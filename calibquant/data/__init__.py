@@ -1,7 +1,7 @@
 """Images for calibration and evaluation: opening sets, preprocessing, batches, manifests."""
 
 from calibquant.data.augment import Augmented
-from calibquant.data.imageset import ImageSet, Subset, TensorImages, UnreadableImageError, check_labels
+from calibquant.data.imageset import ImageSet, Subset, TensorImages, UnreadableImageError, check_images, check_labels
 from calibquant.data.loading import Batch, batches
 from calibquant.data.manifest import (
     Manifest,
@@ -25,6 +25,7 @@ __all__ = [
     "UnreadableImageError",
     "batches",
     "check_calibration_set",
+    "check_images",
     "check_labels",
     "find_images",
     "make_manifest",

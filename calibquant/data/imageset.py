@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
@@ -124,7 +125,7 @@ class TensorImages(ImageSet):
         labels: N class indices, -1 where unknown; None when no label is known.
 
     Raises:
-        DataError: the shape or type is another, or labels are too few, too many or below -1.
+        DataError: the shape or type of images or labels is another, or labels are too few, too many or below -1.
 
     Example:
         >>> images = TensorImages(torch.zeros(4, 3, 8, 8), labels=[0, 1, 2, -1])
@@ -132,17 +133,18 @@ class TensorImages(ImageSet):
         (4, 2, None)
     """
 
-    def __init__(self, images: Tensor, labels: Sequence[int] | None = None) -> None:
+    def __init__(self, images: Tensor, labels: Sequence[int] | Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(images, Tensor):
+            raise DataError("images", f"are of type {type(images).__name__}, not a tensor", _as_tensor(images))
+        if images.is_meta or images.layout != torch.strided:
+            what = "on the meta device" if images.is_meta else f"stored as {str(images.layout).removeprefix('torch.')}"
+            raise DataError("images", f"are {what}", "pass a dense tensor of values")
         if images.ndim != 4 or not images.is_floating_point():
             got = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
             raise DataError("images", f"are {got}", "pass preprocessed floating point images of shape (N, C, H, W)")
-        if labels is not None and len(labels) != len(images):
-            raise DataError("labels", f"are {len(labels)} for {len(images)} images", "pass one label for each image")
         self._images = images.detach().to("cpu", torch.float32)
-        self._labels = np.full(len(images), -1) if labels is None else np.asarray(labels, dtype=np.int64)
-        if (self._labels < -1).any():
-            raise DataError("labels", f"hold {self._labels.min()}", "use class indices from 0, or -1 for unknown")
+        self._labels = np.full(len(images), -1) if labels is None else _class_indices(labels, len(images))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -162,6 +164,53 @@ class TensorImages(ImageSet):
 
     def labels(self) -> npt.NDArray[np.int64]:
         return self._labels.astype(np.int64)
+
+
+def _class_indices(labels: Sequence[int] | Tensor, count: int) -> npt.NDArray[np.int64]:
+    """Labels that a user passed, shape (count,)."""
+    given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
+    try:
+        values = np.asarray(given)
+        indices = values.astype(np.int64)
+        whole = bool((indices == values).all())
+    except (TypeError, ValueError, OverflowError):
+        raise DataError("labels", "are no numbers", "pass one class index for each image, from 0") from None
+    if indices.ndim != 1 or not whole:
+        what = "are no whole numbers" if indices.ndim == 1 else f"have shape {indices.shape}"
+        raise DataError("labels", what, "pass one class index for each image, from 0")
+    if len(indices) != count:
+        raise DataError("labels", f"are {len(indices)} for {count} images", "pass one label for each image")
+    if (indices < -1).any():
+        raise DataError("labels", f"hold {indices.min()}", "use class indices from 0, or -1 for unknown")
+    return indices
+
+
+def _as_tensor(images: object) -> str:
+    """How to make the one tensor that `TensorImages` takes."""
+    if isinstance(images, np.ndarray):
+        return "pass torch.from_numpy(images)"
+    if isinstance(images, (list, tuple)) and images and all(isinstance(image, Tensor) for image in images):
+        return "pass torch.stack(images)"
+    return "pass all images in one tensor of shape (N, C, H, W)"
+
+
+def check_images(images: object, where: str) -> None:
+    """Check that images that a user passed are an ImageSet.
+
+    Raises:
+        DataError: they are something else; says what to pass.
+    """
+    if isinstance(images, ImageSet):
+        return
+    if isinstance(images, Tensor):
+        mend = "pass calibquant.TensorImages(images)"
+    elif isinstance(images, np.ndarray):
+        mend = "pass calibquant.TensorImages(torch.from_numpy(images))"
+    elif isinstance(images, (str, PurePath)):
+        mend = "leave them out and name them in the recipe's section data"
+    else:
+        mend = "pass calibquant.TensorImages(images, labels) with all images in one tensor of shape (N, C, H, W)"
+    raise DataError(where, f"are of type {type(images).__name__}, not a set of images", mend)
 
 
 def check_indices(indices: Sequence[int], count: int) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ def _collect(images: ImageSet, chunk: Part, loaded: Loaded) -> Batch | None:
     """One batch, or none when each of its images was skipped."""
     kept: list[tuple[int, Tensor]] = []
     for i, image in zip(chunk, loaded, strict=True):
-        if isinstance(image, Tensor):
+        if not isinstance(image, UnreadableImageError):
             kept.append((i, image))
         else:
             _report(images, images.name(i), image)
@@ -125,6 +125,10 @@ def _report(images: ImageSet, name: str, error: UnreadableImageError) -> None:
 
 def _stack(images: ImageSet, indices: tuple[int, ...], tensors: list[Tensor]) -> Tensor:
     for i, tensor in zip(indices, tensors, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.dim() != 3:
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+            problem = f"is {type(tensor).__name__}, {kind}, not a float32 tensor of shape (C, H, W)"
+            raise DataError(images.name(i), problem, "correct the method `image` of the set")
         if tensor.shape != tensors[0].shape:
             sizes = [" x ".join(map(str, t.shape[1:])) for t in (tensor, tensors[0])]
             problem = f"is {sizes[0]} but {images.name(indices[0])} of the same batch is {sizes[1]}"

@@ -11,12 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibquant.data import Batch, ImageSet, UnreadableImageError, batches, check_labels
+from calibquant.data import Batch, ImageSet, UnreadableImageError, batches, check_images, check_labels
 from calibquant.errors import DataError, ModelError
 from calibquant.metrics import ScoreAccumulator, Scores, confusion_matrix
+from calibquant.networks import check_network, short
 from calibquant.parallel import every, images_at_once, share
 
 MOST_AT_ONCE = 250  # images
+_OF_MACHINES = ("memory", "primitive", "CUDA", "MPS")  # in what torch says where not the images are to blame
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ def evaluate(
 
     Raises:
         DataError: there are no images, one cannot be read, a label is no class of the network, or the reference has
-            another length.
+            another length; images are of a size that the network does not take, or no ImageSet.
         ModelError: the network does not return finite logits of shape (N, classes).
 
     Example:
@@ -80,6 +82,9 @@ def evaluate(
         >>> evaluate(lambda x: x.mean(dim=(2, 3)), images, batch_size=2).predictions.shape
         (4,)
     """
+    check_images(images, "images")
+    if not callable(network):
+        check_network(network)
     total = len(images) if count is None else min(count, len(images))
     if total < 1:
         raise DataError("evaluation", "there are no images to evaluate on", "give at least one image")
@@ -137,8 +142,16 @@ def _shape(images: ImageSet) -> tuple[int, ...]:
 
 def _forward(network: Callable[[Tensor], Tensor], batch: Batch, images: ImageSet, device: str | torch.device) -> Tensor:
     """Checked logits of a batch: float32 on the CPU."""
-    with torch.inference_mode():
-        output = network(batch.images.to(device))
+    try:
+        with torch.inference_mode():
+            output = network(batch.images.to(device))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if any(word in str(error) for word in _OF_MACHINES):
+            raise
+        size = " x ".join(map(str, batch.images.shape[1:]))
+        problem = f"is {size}, which the network does not take ({short(error)})"
+        mend = "give images of the size and channels that the network was made for (data.preprocess)"
+        raise DataError(images.name(batch.indices[0]), problem, mend) from error
     n = len(batch.indices)
     mend = f"it must return floating point logits of shape ({n}, classes) for {n} images"
     if not isinstance(output, Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import traceback
@@ -17,16 +16,18 @@ from torch import Tensor, fx, nn
 from calibquant.errors import CaptureError, ModelError, nearest
 from calibquant.graph import rules  # noqa: F401  (fills the table of rules)
 from calibquant.graph.lowering import WAY_OUT, Lowering
+from calibquant.networks import float_copy, output_words, short
 
 TOLERANCE = 1e-5  # of the largest output; DESIGN's bound for capture and folding
 
 
+@torch.inference_mode(False)
 def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule: str | None = None) -> fx.GraphModule:
     """The canonical graph of a network in evaluation mode.
 
     Symbolic tracing is tried first; where the network's code needs concrete shapes, torch.export is. Either trace is
     lowered to the canonical ops of `graph.ops` and compared with the network on two batch sizes. The network is not
-    changed; its parameters are copied, as float32 on the CPU.
+    changed; its parameters are copied, as float32 on the CPU. Wrappers (DataParallel, torch.compile, …) are taken off.
 
     Args:
         network: any module that takes tensors whose first dimension is the batch and returns one tensor.
@@ -37,7 +38,9 @@ def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule:
         a GraphModule in eval mode without gradients, whose call targets are functions of `graph.ops`.
 
     Raises:
-        CaptureError: an operation has no canonical form (the error names the line), or the outputs differ.
+        ModelError: the network or the example is of another type, or a tensor of the network has no usable values.
+        CaptureError: the network does not take the example or returns more than one tensor, an operation has no
+            canonical form (the error names the line), or the outputs differ.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten())
@@ -45,12 +48,14 @@ def capture(network: nn.Module, example: Tensor | tuple[Tensor, ...], submodule:
         ['conv2d', 'relu', 'flatten']
     """
     inputs = example if isinstance(example, tuple) else (example,)
+    network = float_copy(network)
     batches = (tuple(_cycle(x, 2) for x in inputs), tuple(_cycle(x, 3) for x in inputs))
-    network = copy.deepcopy(network).to("cpu", torch.float32).eval()
+    where = "the network's output"
     if submodule is not None:
-        part = find_submodule(network, submodule)
+        part, where = find_submodule(network, submodule), f"the output of '{submodule}'"
         batches = (_inputs_of(network, part, batches[0]), _inputs_of(network, part, batches[1]))
         network = part
+    _check_output(_run(network, batches[0]), where)
     try:
         return _checked(Lowering(_symbolic(network), batches).run(), network, batches)
     except CaptureError as error:
@@ -79,11 +84,43 @@ def find_submodule(network: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def _run(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What a network returns.
+
+    Raises:
+        CaptureError: it does not take these inputs; names their shapes and the line.
+    """
+    try:
+        with torch.no_grad():
+            return network(*(x.clone() for x in inputs))
+    except Exception as error:  # the user's code can raise anything
+        shapes = " and ".join(" x ".join(map(str, x.shape[1:])) for x in inputs)
+        where = _users_line(error) or type(network).__name__
+        mend = "give images of the size and channels that the network takes (data.preprocess), or correct that line"
+        raise CaptureError(where, f"fails on images of {shapes} ({short(error)})", mend) from error
+
+
+def _check_output(output: object, where: str) -> None:
+    if not isinstance(output, Tensor):
+        what, tensor = output_words(output)
+        mend = f"wrap the network in a module that returns {tensor}, or name the part to quantize with model.submodule"
+        raise CaptureError(where, f"is {what}, not one tensor", mend)
+
+
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two outputs relative to the largest value of the first (at least 1)."""
+    """Largest difference of two outputs relative to the largest value of the first (at least 1).
+
+    Values that are not finite must be the same in both.
+    """
     if a.shape != b.shape:
         return float("inf")
-    difference = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+    finite = torch.isfinite(a)
+    if not finite.all():
+        same = torch.equal(finite, torch.isfinite(b)) and torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+        return relative_difference(a[finite], b[finite]) if same else float("inf")
+    if not a.numel():
+        return 0.0
+    difference = (a.double() - b.double()).abs().max().item()
     return difference / max(1.0, a.double().abs().max().item()) if difference == difference else float("inf")
 
 
@@ -122,7 +159,7 @@ def _symbolic(network: nn.Module) -> fx.GraphModule:
         return fx.GraphModule(tracer.root, graph)
     except Exception as error:
         where = _users_line(error) or type(network).__name__
-        raise _UntraceableError(where, f"symbolic tracing stops here ({_short(error)})", WAY_OUT) from error
+        raise _UntraceableError(where, f"symbolic tracing stops here ({short(error)})", WAY_OUT) from error
 
 
 def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -136,7 +173,7 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     except Exception as error:
         where = _users_line(error) or type(network).__name__
         raise CaptureError(
-            where, f"neither tracing nor torch.export can follow it ({_short(error)})", WAY_OUT
+            where, f"neither tracing nor torch.export can follow it ({short(error)})", WAY_OUT
         ) from error
 
 
@@ -163,21 +200,19 @@ def _internal(filename: str) -> bool:
     return "/torch/" in filename or "/calibquant/graph/" in filename or filename.startswith("<")
 
 
-def _short(error: BaseException) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return first[:160]
-
-
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
 def _cycle(x: Tensor, count: int) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() < 1 or len(x) < 1:
+        what = f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise ModelError("example", what, "give a tensor of images, (N, C, H, W) with N from 1, or a tuple of tensors")
     rows = x[torch.arange(count) % len(x)].cpu().clone()
     return rows.float() if rows.is_floating_point() else rows
 
 
-class _ReachedError(Exception):
-    pass
+class _ReachedError(BaseException):
+    """Ends a network's run at the part that is looked for; no Exception, which the network's code may catch."""
 
 
 def _inputs_of(network: nn.Module, part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -190,8 +225,7 @@ def _inputs_of(network: nn.Module, part: nn.Module, inputs: tuple[Tensor, ...]) 
 
     handle = part.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
-            network(*inputs)
+        _run(network, inputs)
     except _ReachedError:
         pass
     finally:

@@ -176,6 +176,8 @@ class Lowering:
     def _operand(self, value: Any) -> Any:
         if isinstance(value, fx.Node) or value is None:
             return value
+        if isinstance(value, Expanded):
+            raise UnsupportedError("of an expanded tensor is not supported; expand it in a sum or a product only")
         if isinstance(value, (list, tuple)):
             return [self._operand(v) for v in value]
         if not isinstance(value, Tensor):
@@ -259,6 +261,7 @@ class Lowering:
             raise found.error
         if not single or not isinstance(found, fx.Node):
             what = "a constant" if isinstance(value, fx.Node) and value not in self.env else "more than one tensor"
+            what = "an expanded tensor" if isinstance(found, Expanded) else what
             raise CaptureError(
                 "the network's output", f"is {what}, not one tensor", "name the part to quantize with model.submodule"
             )
@@ -294,6 +297,19 @@ class _Refused:
 
     def __init__(self, error: CaptureError) -> None:
         self.error = error
+
+
+class Expanded:
+    """The result of `expand` and the like (`values`, for either batch): sums and products take its `source` instead."""
+
+    def __init__(self, source: fx.Node | Tensor, values: tuple[Tensor, Tensor]) -> None:
+        self.source = source
+        smaller = (source, source) if isinstance(source, Tensor) else source.meta["example"]
+        try:
+            examples = tuple(a.expand(b.shape) for a, b in zip(smaller, values, strict=True))
+        except RuntimeError:
+            raise UnsupportedError("repeats values, which is not supported") from None
+        self.meta = {"example": examples}  # as a node has, so that rules know its shape
 
 
 class BatchDependent:

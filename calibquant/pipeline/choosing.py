@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from calibquant.data import ImageSet, Manifest, find_images, manifest_csv, open_images, read_manifest
+from calibquant.data import ImageSet, Manifest, check_images, find_images, manifest_csv, open_images, read_manifest
 from calibquant.data.lists import read_rows
 from calibquant.data.manifest import COLUMNS
 from calibquant.errors import DataError
+from calibquant.pipeline.live import as_recipe
 from calibquant.pipeline.preparing import open_candidates
 from calibquant.pipeline.reporting import Reporter
 from calibquant.recipe import Recipe
@@ -41,7 +43,7 @@ class Judged:
 
 
 def select(
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any],
     network: nn.Module | None = None,
     calibration: ImageSet | None = None,
     out: Path | None = None,
@@ -67,15 +69,15 @@ def select(
         >>> len(calibquant.select(recipe, net, images).rows)
         16
     """
-    _, candidates = open_candidates(recipe, network, calibration, reporter)
+    _, candidates = open_candidates(as_recipe(recipe), network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
-        write_atomic(out, manifest_csv(manifest).encode())
+        write_atomic(Path(out), manifest_csv(manifest).encode())
     return manifest
 
 
 def judge(
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any],
     given: Path | ImageSet,
     network: nn.Module | None = None,
     calibration: ImageSet | None = None,
@@ -102,6 +104,7 @@ def judge(
         >>> calibquant.judge(calibquant.Recipe(), dark, net, images).judgement.percentile
         0.0
     """
+    recipe = as_recipe(recipe)
     settings = recipe.calibration
     candidates = settings.model_copy(update={"pool": settings.pool or POOL, "count": 2, "manifest": None})
     recipe = recipe.model_copy(update={"calibration": candidates})
@@ -126,6 +129,9 @@ def _given(recipe: Recipe, images: ImageSet, given: Path | ImageSet) -> tuple[Im
     """The set that is judged, and which of its images."""
     if isinstance(given, ImageSet):
         return given, list(range(len(given)))
+    if not isinstance(given, (str, Path)):
+        check_images(given, "images to judge")
+    given = Path(given)
     path = given / "manifest.csv" if (given / "manifest.csv").is_file() else given
     if path.is_dir():
         own = recipe.data.model_copy(update={"kind": "folder", "root": path.parent, "calibration": path.name})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from calibquant.data import ImageSet, batches
 from calibquant.parallel import resolve_device, set_threads
+from calibquant.pipeline.live import as_recipe
 from calibquant.pipeline.memory import peak_bytes
 from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.pipeline.stages import learns, rounds
@@ -45,7 +47,7 @@ class DryRun:
 
 
 def dry_run(
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any],
     network: nn.Module | None = None,
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
@@ -58,6 +60,7 @@ def dry_run(
     Raises:
         CalibQuantError: as `quantize`.
     """
+    recipe = as_recipe(recipe)
     set_threads(recipe.threads)
     device = resolve_device(recipe.device)
     prepared = prepare(recipe, network, calibration, evaluation)

@@ -13,15 +13,16 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from calibquant import parallel
-from calibquant.data import ImageSet
+from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
 from calibquant.metrics import mcnemar
+from calibquant.pipeline.live import Live
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import learned_preprocess, open_set
 from calibquant.pipeline.reporting import log, note
-from calibquant.pipeline.stages import Job, Live
+from calibquant.pipeline.stages import Job
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.training import length_of, line_of
 from calibquant.pipeline.writing import network_hash
@@ -34,6 +35,7 @@ from calibquant.training import (
     Source,
     Training,
     begin_finetuning,
+    check_training_images,
     finished,
     fit,
     hold_out,
@@ -147,11 +149,31 @@ def _fit(
         raise ModelError(error.where, error.problem, mend) from error
 
 
-def _open(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[Source, ImageSet | None]:
+def check_learnable(job: Job, live: Live) -> None:
+    """Check before all work that the images can be learned from, where the recipe asks for it.
+
+    Raises:
+        DataError: there are too few, or a label that is learned from is missing or no class of the network.
+    """
+    settings = job.recipe.finetune
+    if settings is None:
+        return
+    learned, _ = _images(job, settings, live)
+    check_training_images(learned, settings.labels > 0)
+    if settings.labels > 0:
+        check_labels(learned, job.prepared.classes)
+
+
+def _images(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[ImageSet, ImageSet | None]:
     """The images to learn from, and those held out."""
+    images = live[1] if live[1] is not None else open_set(job.recipe, "calibration")
+    return hold_out(images, settings.holdout, job.recipe.seed)
+
+
+def _open(job: Job, settings: FinetuneRecipe, live: Live) -> tuple[Source, ImageSet | None]:
+    """The source of the images to learn from, and the images held out."""
     recipe = job.recipe
-    images = live[1] if live[1] is not None else open_set(recipe, "calibration")
-    learned, held = hold_out(images, settings.holdout, recipe.seed)
+    learned, held = _images(job, settings, live)
     augment = recipe.data.augment or AugmentRecipe()
     labelled = settings.labels > 0
     source = open_source(

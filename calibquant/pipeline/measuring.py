@@ -13,6 +13,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import RecipeError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import load_artifact
+from calibquant.networks import float_copy
 from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
@@ -80,7 +81,7 @@ def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
     network = load_artifact(folder)
     if recipe.model.submodule is None:
         return network
-    host = build(recipe)
+    host = float_copy(build(recipe))
     _check_weights(folder, recipe)
     return mounted(host, recipe.model.submodule, network)
 
@@ -108,7 +109,7 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: B
     set_threads(recipe.threads)
     device = resolve_device(recipe.device)
     begin(reporter, 1, 2, "Open the network and the images")
-    network, images = build(recipe), open_set(recipe, "evaluation")
+    network, images = float_copy(build(recipe)), open_set(recipe, "evaluation")
     by_class.check(images)
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)

@@ -16,15 +16,23 @@ from calibquant.data import (
     ImageSet,
     Manifest,
     batches,
+    check_labels,
     open_images,
 )
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
+from calibquant.graph.watching import Watched
+from calibquant.networks import beyond, check_values, float_copy, output_words, short
+from calibquant.pipeline.live import check_weights_file, checked_live
 from calibquant.pipeline.reporting import Reporter, Silent, note
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
+
+SAME = (
+    1e-3  # of the largest logit: rounding differs by less, a size that the captured network keeps as a number by more
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class Prepared:
     def mount(self, part: nn.Module) -> nn.Module:
         """A network that takes images: `part` itself, or the user's network with `part` in the named place."""
         return part if self.submodule is None else mounted(copy.deepcopy(self.network), self.submodule, part)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the network tells apart; it runs on one image."""
+        with torch.no_grad():
+            return int(self.network(next(self.batches(1, slice(1)))).shape[1])
 
     @property
     def entries(self) -> int:
@@ -114,15 +128,18 @@ def prepare(
         known: the images that were chosen before, for a run that goes on.
 
     Raises:
-        CalibQuantError: something about the recipe, network or images.
+        CalibQuantError: something about the recipe, network or images, also what only the end of a run would meet.
     """
     if calibration is None:
         calibration = open_calibration(recipe)
         evaluation = open_set(recipe, "evaluation") if evaluation is None else evaluation
+    _, _, evaluation = checked_live(None, None, evaluation)
     prepared, candidates = open_candidates(recipe, network, calibration, reporter)
     chosen = candidates.choose(known)
     images = candidates.images.subset(chosen.indices)
-    return replace(prepared, images=images, manifest=chosen.manifest, evaluation=evaluation)
+    prepared = replace(prepared, images=images, manifest=chosen.manifest, evaluation=evaluation)
+    _check_evaluation(prepared, recipe.evaluation.count)
+    return prepared
 
 
 def open_candidates(
@@ -138,16 +155,19 @@ def open_candidates(
         CalibQuantError: something about the recipe, network or images.
     """
     reporter = reporter or Silent()
+    network, images, _ = checked_live(network, images)
     if network is None:
         network = build(recipe, partial(note, reporter))
     else:
-        _check_finite(network)
-        network = copy.deepcopy(network).to("cpu", torch.float32).eval()
+        check_weights_file(recipe)
+    network = float_copy(network)
+    check_values(network)
     images = open_calibration(recipe) if images is None else images
     indices, submodule = candidates_of(recipe, images), recipe.model.submodule
     example = next(batches(images, 3, indices)).images
     teacher = fold_batch_norm(capture(network, example, submodule))
     prepared = Prepared(network, teacher, submodule, images, Manifest(()), None)
+    _check_sizes(prepared, example)
     _check_teacher(prepared, example)
     return prepared, Candidates(recipe, images, indices, teacher, prepared.mount, reporter)
 
@@ -157,7 +177,7 @@ def _check_teacher(prepared: Prepared, example: Tensor) -> None:
     with torch.no_grad():
         want, got = prepared.network(example), prepared.mount(prepared.teacher)(example)
     if not isinstance(want, Tensor) or want.dim() != 2:
-        shape = tuple(want.shape) if isinstance(want, Tensor) else type(want).__name__
+        shape = tuple(want.shape) if isinstance(want, Tensor) else output_words(want)[0]
         raise ModelError("network output", f"is {shape}, not (N, classes)", "give a network that returns class logits")
     error = relative_difference(want, got)
     if error > TOLERANCE and _folding_error(prepared, example) > TOLERANCE:
@@ -176,12 +196,67 @@ def _folding_error(prepared: Prepared, example: Tensor) -> float:
         return relative_difference(exact.network(example.double()), exact.mount(teacher)(example.double()))
 
 
-def _check_finite(network: nn.Module) -> None:
-    """Check a live network's parameters, as those of a file are when they are loaded; a buffer may hold infinity."""
-    for name, value in network.named_parameters():
-        if not torch.isfinite(value).all():
-            problem = "holds NaN or infinite values"
-            raise ModelError(f"network, parameter '{name}'", problem, "give a network whose training did not diverge")
+def _check_sizes(prepared: Prepared, example: Tensor) -> None:
+    """Weights, with BatchNorm folded in, and what is computed from a few images stay within the values allowed."""
+    kinds = {node.name: (node.op, node.target) for node in prepared.teacher.graph.nodes if node.op != "output"}
+
+    def check(name: str, value: Tensor) -> None:
+        wrong = beyond(value, masks=True) if value.is_floating_point() else None
+        if wrong is None:
+            return
+        op, target = kinds[name]
+        if op == "get_attr":
+            where, mend = f"network, '{target}' with BatchNorm folded in", "check the statistics of BatchNorm"
+        elif op == "placeholder" and prepared.submodule is None:
+            where, mend = "calibration images", "check data.preprocess, or normalize the images that you pass"
+        else:
+            where, mend = f"activations of {name}", "check the weights, and the normalization of the images"
+        raise ModelError(where, f"{'holds' if op == 'get_attr' else 'hold'} {wrong}", mend)
+
+    with torch.no_grad():
+        prepared.mount(Watched(prepared.teacher, kinds, check))(example)
+
+
+def _check_evaluation(prepared: Prepared, count: int | None) -> None:
+    """What is measured at the end can be: labels are classes, and images of another size pass the captured network.
+
+    Raises:
+        DataError: there are no images, a label is no class of the network, or images are of a size that it does not
+            take.
+    """
+    images = measured(prepared.images if prepared.evaluation is None else prepared.evaluation, count)
+    check_labels(images, prepared.classes)
+    if prepared.evaluation is None:
+        return
+    example, other = next(prepared.batches(1, slice(1))), next(batches(images, 1)).images
+    if other.shape != example.shape and (reason := _differs(prepared, other)) is not None:
+        theirs, ours = (" x ".join(map(str, shape[1:])) for shape in (other.shape, example.shape))
+        problem = f"are {theirs}, but the network was captured for calibration images of {ours}, and {reason}"
+        raise DataError(
+            "evaluation images", problem, f"give images of {ours}; data.preprocess.resize and crop make them"
+        )
+
+
+def measured(images: ImageSet, count: int | None) -> ImageSet:
+    """The first `count` images, on which networks are measured; None means all.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not len(images):
+        raise DataError("evaluation images", "there are none", "give at least one image")
+    return images.subset(range(min(count or len(images), len(images))))
+
+
+def _differs(prepared: Prepared, images: Tensor) -> str | None:
+    """Why the captured network does not stand for the user's on images of another size; None where it does."""
+    try:
+        with torch.no_grad():
+            want, got = prepared.network(images), prepared.mount(prepared.teacher)(images)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return f"does not take them ({short(error)})"
+    same = relative_difference(want, got) <= SAME
+    return None if same else "what was captured computes something else on them"
 
 
 def build(recipe: Recipe, tell: Callable[[str], None] = lambda _: None) -> nn.Module:

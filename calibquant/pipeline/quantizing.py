@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from calibquant import parallel
@@ -15,12 +16,19 @@ from calibquant.parallel import set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.correcting import corrects
 from calibquant.pipeline.export_stage import Deployed, export
-from calibquant.pipeline.finetuning import adopt, adopt_plan, adopted_plan, finetune_network, measure_before
+from calibquant.pipeline.finetuning import (
+    adopt,
+    adopt_plan,
+    adopted_plan,
+    check_learnable,
+    finetune_network,
+    measure_before,
+)
 from calibquant.pipeline.folders import run_folder
+from calibquant.pipeline.live import Live, as_path, as_recipe, checked_live
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
 from calibquant.pipeline.stages import (
-    Live,
     Steps,
     calibrate,
     correct_all,
@@ -36,7 +44,7 @@ from calibquant.pipeline.stages import (
 from calibquant.pipeline.training import check_shares
 from calibquant.pipeline.writing import run_metrics, run_stem, write_run
 from calibquant.quantization import QuantModel
-from calibquant.recipe import Recipe, make_recipe
+from calibquant.recipe import Recipe
 from calibquant.runfolder import CHECKPOINT, RunFolder, final_path, interrupted_run, new_run, open_run
 from calibquant.zoo import regularizer_of
 
@@ -87,10 +95,10 @@ def quantize(
         >>> run.metrics["setting"]
         'W4A4'
     """
-    recipe = with_network_defaults(recipe if isinstance(recipe, Recipe) else make_recipe(recipe))
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, recipe.setting.lower()))) as folder:
+    recipe, live = with_network_defaults(as_recipe(recipe)), checked_live(network, calibration, evaluation)
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], recipe.setting.lower()))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
-        return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent())
+        return _run(folder, recipe, live, reporter or Silent())
 
 
 def finetune(
@@ -123,14 +131,15 @@ def finetune(
         >>> len(trained.metrics["finetune"]["epochs"])
         1
     """
+    start, live = as_path(start, "start"), checked_live(network, calibration, evaluation)
     done = open_run(start)
     recipe = run_recipe(done, overrides)
     if recipe.finetune is None:
         recipe = run_recipe(done, ["finetune={}", *(overrides or [])])
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, f"{recipe.setting.lower()}-qat"))) as folder:
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], f"{recipe.setting.lower()}-qat"))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         adopt_plan(folder, start)
-        return _run(folder, recipe, (network, calibration, evaluation), reporter or Silent(), start)
+        return _run(folder, recipe, live, reporter or Silent(), start)
 
 
 def with_network_defaults(recipe: Recipe) -> Recipe:
@@ -162,10 +171,13 @@ def resume(
     Example:
         >>> calibquant.pipeline.resume(Path("runs/cifar_resnet20-w2a2-001"))  # doctest: +SKIP
     """
+    run, live = as_path(run, "run"), checked_live(network, calibration, evaluation)
     with run_folder(lambda: interrupted_run(run)) as folder:
-        return _run(folder, run_recipe(folder, overrides), (network, calibration, evaluation), reporter or Silent())
+        return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
     threads, (plan, started_from) = set_threads(recipe.threads), adopted_plan(folder)
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
@@ -173,6 +185,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
         check_shares(recipe.finetune, "finetune")
     with log_to(folder):
         job = open_job(recipe, live, steps, folder, plan)
+        check_learnable(job, live)
         manifest = manifest_csv(job.prepared.manifest)
         progress = load_checkpoint(folder, job.model, manifest)
         if progress is None:

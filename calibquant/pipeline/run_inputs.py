@@ -15,6 +15,7 @@ from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.export.parity import IMAGES, chunk_size, image_count
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.nodes import op_of, weight_of
+from calibquant.networks import float_copy
 from calibquant.pipeline.preparing import Prepared, build, open_calibration
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
@@ -111,7 +112,7 @@ def _host(recipe: Recipe) -> tuple[nn.Module | None, str]:
     if recipe.model.name is None:
         return None, LIVE_NETWORK
     try:
-        return build(recipe), ""
+        return float_copy(build(recipe)), ""
     except CalibQuantError as error:
         return None, str(error)
 

@@ -20,6 +20,7 @@ from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
+from calibquant.pipeline.live import Live
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
@@ -53,7 +54,6 @@ STEPS = (
     "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
-Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from calibquant import parallel
-from calibquant.data import ImageSet, check_labels
+from calibquant.data import ImageSet, batches, check_labels
 from calibquant.errors import ModelError, RecipeError
 from calibquant.evaluation import Evaluation, evaluate
+from calibquant.networks import check_values, output_words, owned_copy, short
 from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
+from calibquant.pipeline.live import Live, as_path, as_recipe, check_weights_file, checked_live
 from calibquant.pipeline.measuring import measure, run_recipe
-from calibquant.pipeline.preparing import build, learned_preprocess, open_set
+from calibquant.pipeline.preparing import build, learned_preprocess, measured, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
-from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
+from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
 from calibquant.training import (
     Classification,
@@ -39,7 +40,6 @@ from calibquant.training import (
 from calibquant.zoo import save_weights
 
 STEPS = 4
-Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def train(
         >>> run.metrics["float"]["top1"]
         1.0
     """
-    recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+    recipe, live = as_recipe(recipe), checked_live(network, images, evaluation)
     settings(recipe)
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING)) as folder:
-        return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
+    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], "train"), TRAINING)) as folder:
+        return _run(folder, recipe, live, reporter or Silent())
 
 
 def resume_training(
@@ -123,8 +123,9 @@ def resume_training(
     Raises:
         CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
     """
+    run, live = as_path(run, "run"), checked_live(network, images, evaluation)
     with run_folder(lambda: interrupted_run(run, TRAINING)) as folder:
-        return _run(folder, run_recipe(folder, overrides), (network, images, evaluation), reporter or Silent())
+        return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
 
 
 def line_of(report: EpochReport) -> str:
@@ -201,7 +202,12 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     """
     network, images, evaluation = live
     device = resolve_device(recipe.device)
-    network = build(recipe) if network is None else copy.deepcopy(network).float()
+    if network is None:
+        network = build(recipe)
+    else:
+        check_weights_file(recipe)
+    network = owned_copy(network)
+    check_values(network)
     if images is None:
         images = open_set(recipe, "calibration")
         evaluation = evaluation if evaluation is not None else open_set(recipe, "evaluation")
@@ -210,8 +216,12 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     source = open_source(learned, augment, learned_preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
     check_shares(settings(recipe), "train")
     training = begin_training(network, settings(recipe), steps_of(settings(recipe), source.steps), device)
+    evaluation = images if evaluation is None else evaluation
     check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
-    return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
+    at_the_end = measured(evaluation, recipe.evaluation.count)
+    size = next(batches(at_the_end, 1)).images.shape  # all that is known of these images before the end
+    check_labels(at_the_end, _classes(training.network, torch.zeros(size, device=device)))
+    return Job(training, source, held, evaluation, fingerprint(learned))
 
 
 def _classes(network: nn.Module, images: Tensor) -> int:
@@ -226,14 +236,16 @@ def _classes(network: nn.Module, images: Tensor) -> int:
     except (RuntimeError, ValueError) as error:
         shape = tuple(images.shape[1:])
         raise ModelError(
-            "network", f"does not take images of shape {shape} ({error})", "check data.preprocess"
+            "network", f"does not take images of shape {shape} ({short(error)})", "check data.preprocess"
         ) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else output_words(logits)[0]
         raise ModelError("network output", f"is {found}, not (N, classes)", "give a network that returns class logits")
     return logits.shape[1]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> TrainedRun:
     threads, seconds, started = set_threads(recipe.threads), dict[str, float](), time.perf_counter()
 

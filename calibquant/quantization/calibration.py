@@ -12,6 +12,7 @@ from calibquant import parallel
 from calibquant.errors import DataError, QuantizationError
 from calibquant.graph.limits import UNLIMITED, before_limits
 from calibquant.graph.watching import Watched
+from calibquant.networks import beyond
 from calibquant.numerics.affine import affine_from_range, quantize_tensor
 from calibquant.quantization.allocation import allocate_weight
 from calibquant.quantization.channels import ChannelObserver
@@ -140,6 +141,9 @@ def _merged(observers: dict[str, ActivationObserver]) -> dict[str, ActivationObs
 
 
 def _update(observers: Sequence[ActivationObserver], name: str, value: Tensor) -> None:
+    wrong = beyond(value)
+    if wrong is not None:
+        raise DataError(f"activations of {name}", f"hold {wrong}", "check the images and the weights")
     for observer in observers:
         try:
             observer.update(value)

@@ -91,6 +91,19 @@ def open_source(
     Raises:
         DataError: there are fewer than two images, one has no label, or one cannot be read.
     """
+    check_training_images(images, labelled)
+    stored, example = None, next(batches(images, 1)).images
+    if kept_bytes(len(images), example, augment):
+        images, stored = _decode(images, example, device)
+    return Source(images, augment, preprocess, min(batch_size, len(images)), seed, device, stored)
+
+
+def check_training_images(images: ImageSet, labelled: bool = True) -> None:
+    """Check that images can be trained on. No image is read.
+
+    Raises:
+        DataError: there are fewer than two images, or one has no label although each must have one.
+    """
     if len(images) < 2:
         raise DataError("training images", f"are {len(images)}", "give at least 2")
     unknown = np.flatnonzero(images.labels() < 0)
@@ -98,10 +111,6 @@ def open_source(
         raise DataError(
             images.name(int(unknown[0])), "has no label", "train on images in class folders, or with labels"
         )
-    stored, example = None, next(batches(images, 1)).images
-    if kept_bytes(len(images), example, augment):
-        images, stored = _decode(images, example, device)
-    return Source(images, augment, preprocess, min(batch_size, len(images)), seed, device, stored)
 
 
 def kept_bytes(count: int, example: Tensor, augment: AugmentRecipe) -> int:

@@ -9,10 +9,10 @@ import difflib
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibquant.errors import ModelError
+from calibquant.networks import bare, check_kinds
 from calibquant.recipe import ModelRecipe
-from calibquant.zoo.naming import naming_of
+from calibquant.zoo.naming import Naming, naming_of
 from calibquant.zoo.registry import build, names
 
 # Of several, the first is taken: weights as they were trained come before their running means.
@@ -29,7 +30,10 @@ WRAPPERS = (
     "state_dict", "model", "model_state_dict", "model_state", "net", "network",
     "state_dict_ema", "model_ema", "ema_state", "ema",
 )  # fmt: skip
-PREFIXES = ("module.", "_orig_mod.")
+WRAPPED = ("module", "_orig_mod")  # parts of keys that DataParallel, AveragedModel and torch.compile add
+COUNTERS = ("n_averaged", "total_ops", "total_params")  # entries that AveragedModel and thop add
+State = Mapping[str, Tensor]
+Translation = tuple[Naming, dict[str, str]]
 _NAMED = 3  # keys of a mismatch that an error names
 _SAVE_STATE = "save network.state_dict() with torch.save, or as .safetensors, and give that file"
 
@@ -50,7 +54,8 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
     """
     if recipe.name is None:
         raise ModelError("model.name", "no network is named", "give a name of the zoo: " + ", ".join(names()))
-    network = build(recipe.name, **recipe.options)
+    network = bare(build(recipe.name, **recipe.options))
+    check_kinds(network)
     if recipe.weights is not None:
         remark = load_weights(network, recipe.weights)
         if remark:
@@ -61,9 +66,10 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
 def load_weights(network: nn.Module, path: str | Path) -> str:
     """Load a state_dict into `network`, all of it or, on an error, nothing.
 
-    A dictionary around the state_dict (one of `WRAPPERS`) and a prefix common to all keys (`module.`, `_orig_mod.`) are
-    taken off, and key names of other authors (see `naming`) are translated for a network of the zoo;
-    `num_batches_tracked` may be missing.
+    A dictionary around the state_dict (one of `WRAPPERS`), what wrappers of a network add to its keys (`WRAPPED`), a
+    prefix common to all keys (`model.`, `net.`, `backbone.`, …) and counters of other tools (`COUNTERS`) are taken off,
+    and key names of other authors (see `naming`) are translated for a network of the zoo; `num_batches_tracked` may be
+    missing.
 
     Args:
         network: receives the weights; its keys and shapes must be those of the file.
@@ -78,10 +84,15 @@ def load_weights(network: nn.Module, path: str | Path) -> str:
     path = Path(path)
     targets = network.state_dict()
     found, wrapper, others = _state_dict(_read(path), path)
-    loaded = _strip_prefixes(found, targets)
     remarks = [f"of its weights '{wrapper}' are taken; it also holds {', '.join(others)}"] if others else []
+    loaded, counters = _without_counters(found, targets)
+    if counters:
+        remarks.append(f"its entries {', '.join(counters)} are no weights and are left out")
+    loaded, prefix, other = _named_alike(loaded, targets, partial(naming_of, network, wrapper=wrapper))
+    if prefix:
+        remarks.append(f"the prefix '{prefix}' of its keys is taken off")
     ours, reversed_input = {key: key for key in loaded}, None
-    if ours.keys() - targets.keys() and (other := naming_of(network, loaded, wrapper)):
+    if other:
         naming, ours = other
         reversed_input = naming.reversed_input
         remarks.append(f"its key names are {naming.authors}'s")
@@ -176,25 +187,82 @@ def _state_dict(held: object, path: Path) -> tuple[dict[str, Tensor], str | None
     return dict(held), wrapper, others
 
 
-def _strip_prefixes(loaded: dict[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`loaded` without the prefixes that wrappers of the network added to every key."""
-    for prefix in (*PREFIXES, *PREFIXES):
-        everywhere = all(key.startswith(prefix) for key in loaded)
-        if everywhere and not any(key.startswith(prefix) for key in targets):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return loaded
+def _without_counters(loaded: State, targets: State) -> tuple[State, list[str]]:
+    """`loaded` without entries of `COUNTERS`, unless the network has such entries itself, and which there were."""
+    own = {key.rpartition(".")[2] for key in targets}
+    counted = {key: key.rpartition(".")[2] for key in loaded}
+    extra = {key: name for key, name in counted.items() if name in COUNTERS and name not in own}
+    return {key: value for key, value in loaded.items() if key not in extra}, sorted(set(extra.values()))
 
 
-def _check_keys(loaded: Sequence[str], targets: Mapping[str, Tensor], path: Path) -> None:
-    missing = [key for key in targets if key not in loaded and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in loaded if key not in targets]
+def _named_alike(
+    loaded: State, targets: State, naming: Callable[[State], Translation | None]
+) -> tuple[State, str, Translation | None]:
+    """`loaded` with keys that fit the network, if taking off parts of wrappers and a common prefix makes them fit.
+
+    Args:
+        loaded: tensors by the file's keys.
+        targets: tensors by the network's.
+        naming: finds the other authors whose names some keys are.
+
+    Returns:
+        the tensors by what is left of their keys; the common prefix, without parts of wrappers; the other authors'
+        naming. Where nothing fits, the keys lose only the parts of wrappers that all of them begin with.
+    """
+    for start in (loaded, _unwrapped(loaded)):
+        state, prefix = start, ""
+        while True:
+            fits = not any(_mismatch(state, targets))
+            other = None if fits else naming(state)
+            if fits or other is not None:
+                return state, prefix, other
+            head = _common_head(state)
+            if head is None:
+                break
+            state = {key.removeprefix(head): value for key, value in state.items()}
+            prefix += "" if head[:-1] in WRAPPED else head
+    while (head := _common_head(loaded)) is not None and head[:-1] in WRAPPED:
+        loaded = {key.removeprefix(head): value for key, value in loaded.items()}
+    return loaded, "", None
+
+
+def _unwrapped(loaded: State) -> State:
+    """`loaded` without the parts of `WRAPPED` anywhere in its keys, unless two of them would become one."""
+    shorter = {".".join(part for part in key.split(".") if part not in WRAPPED): v for key, v in loaded.items()}
+    return shorter if len(shorter) == len(loaded) else dict(loaded)
+
+
+def _common_head(keys: Iterable[str]) -> str | None:
+    """The first part of all keys with its point; None where they begin differently."""
+    heads = {key.partition(".")[0] + "." for key in keys}
+    return heads.pop() if len(heads) == 1 and all("." in key for key in keys) else None
+
+
+def _mismatch(keys: Iterable[str], targets: State) -> tuple[list[str], list[str]]:
+    """Keys of the network that are missing among `keys`, but for BatchNorm's counters, and those it has not."""
+    given = dict.fromkeys(keys)
+    missing = [key for key in targets if key not in given and not key.endswith("num_batches_tracked")]
+    return missing, [key for key in given if key not in targets]
+
+
+def _check_keys(loaded: Sequence[str], targets: State, path: Path) -> None:
+    missing, unexpected = _mismatch(loaded, targets)
     if not missing and not unexpected:
         return
     parts = [_some(word, keys) for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    raise ModelError(path, "does not fit the network: " + ", ".join(parts), _way_to_fit(missing, unexpected))
+
+
+def _way_to_fit(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What to do about keys that do not fit."""
+    if missing:
+        heads = [key.removesuffix(missing[0]) for key in unexpected if key.endswith(f".{missing[0]}")]
+        whole = next((head for head in heads if all(head + key in unexpected for key in missing)), None)
+        if whole is not None:
+            return f"save only the entries that begin with '{whole}', which are the network's, and give that file"
     close = {key: difflib.get_close_matches(key, missing, n=1) for key in unexpected[:_NAMED]}
     hints = [f"{key}: did you mean '{near[0]}'?" for key, near in close.items() if near]
-    mend = "check model.name and model.options, e.g. num_classes" + (f" ({' '.join(hints)})" if hints else "")
-    raise ModelError(path, "does not fit the network: " + ", ".join(parts), mend)
+    return "check model.name and model.options, e.g. num_classes" + (f" ({' '.join(hints)})" if hints else "")
 
 
 def _some(word: str, keys: Sequence[str]) -> str:

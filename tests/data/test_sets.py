@@ -14,6 +14,7 @@ import torch
 from calibquant.data import (
     TensorImages,
     UnreadableImageError,
+    batches,
     check_labels,
     make_manifest,
     manifest_csv,
@@ -231,11 +232,37 @@ def test_tensor_images() -> None:
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None, "images: are uint8"),
         (torch.zeros(2, 3, 4, 4), [1], "labels: are 1 for 2 images"),
         (torch.zeros(2, 3, 4, 4), [1, -2], "labels: hold -2"),
+        (torch.zeros(2, 3, 4, 4), [0.5, 1], "labels: are no whole numbers"),
+        (torch.zeros(2, 3, 4, 4), ["cat", "dog"], "labels: are no numbers"),
+        (torch.zeros(2, 3, 4, 4), [[0, 1], [1, 0]], r"labels: have shape \(2, 2\)"),
+        (torch.zeros(2, 3, 4, 4), 1, r"labels: have shape \(\)"),
+        (torch.zeros(2, 3, 4, 4, device="meta"), None, "images: are on the meta device"),
+        (torch.zeros(2, 3, 4, 4).to_sparse(), None, "images: are stored as sparse_coo"),
+        (np.zeros((2, 3, 4, 4)), None, r"images: are of type ndarray, not a tensor; pass torch\.from_numpy\(images\)"),
+        ([torch.zeros(3, 4, 4)], None, r"images: are of type list, not a tensor; pass torch\.stack\(images\)"),
+        ("images/", None, "images: are of type str, not a tensor; pass all images in one tensor of shape"),
     ],
 )
-def test_tensor_images_refuse_other_things(tensor: torch.Tensor, labels: list[int] | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_tensor_images_refuse_other_things(tensor: Any, labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
         TensorImages(tensor, labels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1, 0]), np.array([1.0, 0.0]), (True, False), torch.tensor([1, 0]).int()]
+)
+def test_labels_may_be_any_whole_numbers(labels: Any) -> None:
+    assert TensorImages(torch.zeros(2, 3, 4, 4), labels).labels().tolist() == [1, 0]
+
+
+def test_images_of_inference_mode_are_ordinary_ones() -> None:
+    with torch.inference_mode():
+        images = TensorImages(torch.rand(2, 3, 4, 4), torch.tensor([1, 0]))
+    parameter = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    (next(iter(batches(images, 2))).images + parameter).square().sum().backward()
+    assert parameter.grad is not None
+    assert len(images.sha256(0)) == 64
 
 
 def test_subsets_keep_their_order_and_nest() -> None:

@@ -287,3 +287,13 @@ def test_negative_zero_and_constant_activations() -> None:
     quantizer.set_range(torch.tensor(-0.0), torch.tensor(0.0))
     assert torch.equal(quantizer(torch.zeros(3)), torch.zeros(3))
     assert F.relu(quantizer(torch.ones(3))).isfinite().all()
+
+
+@pytest.mark.parametrize("observer", [*OBSERVERS, "aciq"])
+def test_activations_too_large_to_be_squared_are_one_line_errors(observer: Observer) -> None:
+    recipe = QuantRecipe(activations=ActivationRecipe(observer=observer))
+    x = images()
+    x[3, 1, 2, 2] = -2e19
+    with pytest.raises(DataError, match=r"^activations of x: hold values up to -2e\+19, where 1e\+19") as caught:
+        calibrate_activations(model_of(network(), recipe), recipe.activations, [x])
+    assert "\n" not in str(caught.value)

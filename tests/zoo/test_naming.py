@@ -51,6 +51,11 @@ CASES = {
     "BRECQ MobileNetV2": Case(
         lambda: BrecqMobileNetV2(5), "mobilenet_v2", {}, "names are BRECQ's", lambda state: {"model": state}
     ),
+    "MobileNetV2 in Lightning": Case(
+        lambda: timm_mobilenetv2_035(5), "mobilenet_v2", {"width": 0.35},
+        "the prefix 'net.' of its keys is taken off; its key names are timm's",
+        lambda state: {"state_dict": {f"net.{key}": value for key, value in state.items()}},
+    ),
     "BRECQ RegNet": Case(lambda: PyclsRegNet(*REGNET_200M, 5), "regnet_x_200mf", {}, "names are BRECQ's"),
     "pycls RegNet": Case(
         lambda: PyclsRegNet(*REGNET_200M, 5), "regnet_x_200mf", {},

@@ -66,6 +66,99 @@ def test_forms_that_load(form: str, zipped: bool, network: nn.Module, other: Sta
     assert same(network, other)
 
 
+def thop(state: State) -> State:
+    """With what thop.profile registers in each module."""
+    modules = {"", *(f"{key.rpartition('.')[0]}." for key in state)}
+    return state | {f"{module}{name}": torch.zeros(1) for module in modules for name in ("total_ops", "total_params")}
+
+
+def part_wrapped(state: State, part: str) -> State:
+    """Of a network of which one stage is wrapped."""
+    return {key.replace("layer1.", f"layer1.{part}."): value for key, value in state.items()}
+
+
+NO_WEIGHTS = "its entries {} are no weights and are left out"
+TAKEN_OFF = "the prefix '{}' of its keys is taken off"
+REMARKED: dict[str, tuple[Callable[[State], Any], str]] = {
+    "Lightning": (lambda s: {"epoch": 3, "state_dict": prefixed(s, "model.")}, TAKEN_OFF.format("model.")),
+    "net": (lambda s: prefixed(s, "net."), TAKEN_OFF.format("net.")),
+    "backbone": (lambda s: {"state_dict": prefixed(s, "backbone.")}, TAKEN_OFF.format("backbone.")),
+    "of anyone": (lambda s: prefixed(s, "student.body."), TAKEN_OFF.format("student.body.")),
+    "compiled in Lightning": (lambda s: prefixed(s, "model._orig_mod."), TAKEN_OFF.format("model.")),
+    "Lightning in DDP": (lambda s: prefixed(s, "module.net."), TAKEN_OFF.format("net.")),
+    "averaged": (lambda s: {"n_averaged": torch.tensor(3)} | prefixed(s, "module."), NO_WEIGHTS.format("n_averaged")),
+    "thop": (thop, NO_WEIGHTS.format("total_ops, total_params")),
+    "thop in Lightning": (
+        lambda s: prefixed(thop(s), "model."),
+        f"{NO_WEIGHTS.format('total_ops, total_params')}; {TAKEN_OFF.format('model.')}",
+    ),
+    "compiled part": (lambda s: part_wrapped(s, "_orig_mod"), ""),
+    "parallel part": (lambda s: part_wrapped(s, "module"), ""),
+}
+
+
+@pytest.mark.parametrize("form", REMARKED)
+def test_prefixes_and_counters_of_other_tools_are_taken_off(
+    form: str, network: nn.Module, other: State, tmp_path: Path
+) -> None:
+    change, remark = REMARKED[form]
+    path = tmp_path / "w.ckpt"
+    torch.save(change(other), path)
+    assert zoo.load_weights(network, path) == (f"{path}: {remark}" if remark else "")
+    assert same(network, other)
+
+
+def test_a_network_whose_own_keys_begin_alike_keeps_them(tmp_path: Path) -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+            self.register_buffer("n_averaged", torch.tensor(0))
+
+    torch.manual_seed(0)
+    want = {key: value + 1 for key, value in Module().state_dict().items()}
+    for prefix in ("", "net."):
+        network = Module()
+        torch.save(prefixed(want, prefix), tmp_path / "w.pt")
+        zoo.load_weights(network, tmp_path / "w.pt")
+        assert same(network, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda s: prefixed(s, "model.") | {"criterion.weight": torch.ones(10)},
+            r"\d+ missing .*, \d+ unexpected .*; save only the entries that begin with 'model\.'",
+        ),
+        (lambda s: dict(list(prefixed(s, "model.").items())[:-1]), r"\d+ missing \(.*, \d+ unexpected \(model\."),
+        (lambda s: {"total_ops": torch.ones(1)}, r"does not fit the network: \d+ missing"),
+        (lambda s: {"module.a": torch.ones(1)}, r"\d+ missing .*, 1 unexpected \(a\)"),
+    ],
+)  # fmt: skip
+def test_what_still_does_not_fit_is_refused_by_its_own_keys(
+    change: Callable[[State], State], said: str, network: nn.Module, other: State, tmp_path: Path
+) -> None:
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.save(change(other), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=said) as caught:
+        zoo.load_weights(network, tmp_path / "w.pt")
+    assert "\n" not in str(caught.value)
+    assert same(network, before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [("nn.LazyConv2d(2, 3)", "has no shape yet"), ("nn.Conv2d(3, 2, 3, device='meta')", "is on the meta device")],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_network_without_values_is_named_before_weights_are_read(layer: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"from torch import nn\ndef make():\n    return nn.Sequential({layer})\n")
+    recipe = ModelRecipe(name=f"{tmp_path / 'net.py'}:make", weights=tmp_path / "none.pt")
+    with pytest.raises(ModelError, match=rf"^network, parameter '0\.weight': {said}"):
+        zoo.build_model(recipe)
+
+
 @pytest.mark.parametrize(
     ("taken", "left"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model_state", "ema_state")]
 )

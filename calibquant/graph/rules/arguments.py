@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from calibquant.graph.lowering import Lowering, UnsupportedError
+from calibquant.graph.lowering import Expanded, Lowering, UnsupportedError
 
-Value = Any  # a canonical fx.Node, a constant Tensor, or a plain Python value
+Value = Any  # a canonical fx.Node, a constant Tensor, an Expanded one, or a plain Python value
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -26,7 +26,15 @@ def rank(e: Lowering, x: Value) -> int:
 
 def is_tensor(value: Value) -> bool:
     """Whether an argument is an activation or a constant tensor."""
-    return isinstance(value, (fx.Node, Tensor))
+    return isinstance(value, (fx.Node, Tensor, Expanded))
+
+
+def broadcast(x: Value, y: Value) -> tuple[Value, Value]:
+    """The operands of an operation that broadcasts two tensors, as they are before the network expanded them."""
+    if not (is_tensor(x) and is_tensor(y)):
+        return x, y
+    x, y = (value.source if isinstance(value, Expanded) else value for value in (x, y))
+    return x, y
 
 
 def reduced(e: Lowering, x: Value, dim: Any) -> list[int]:

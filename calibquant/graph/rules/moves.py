@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from calibquant.graph import ops
-from calibquant.graph.lowering import BatchDependent, Lowering, UnsupportedError, rule
+from calibquant.graph.lowering import BatchDependent, Expanded, Lowering, UnsupportedError, rule
 from calibquant.graph.rules.arguments import Value, rank
 
 
@@ -151,6 +151,13 @@ def _reshape(e: Lowering, x: Value, *_: Any, **__: Any) -> fx.Node:
 @rule("flatten")
 def _flatten(e: Lowering, input: Value, start_dim: int = 0, end_dim: int = -1) -> fx.Node:
     return _reshape(e, input)
+
+
+@rule("expand", "expand_as", "broadcast_to", "repeat")
+def _expand(e: Lowering, x: Value, *_: Any, **__: Any) -> Value:
+    if isinstance(x, Expanded):
+        x = x.source
+    return Expanded(x, e.result)
 
 
 @rule("permute")

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from calibquant.graph import ops
 from calibquant.graph.lowering import Lowering, UnsupportedError, rule
-from calibquant.graph.rules.arguments import Value, is_tensor, pair
+from calibquant.graph.rules.arguments import Value, broadcast, is_tensor, pair
 
 
 def _explicit_padding(
@@ -106,6 +106,7 @@ def _embedding(e: Lowering, a: Value, b: Value, *_: Any, **__: Any) -> fx.Node:
 
 @rule("add", "add_", "iadd", "__add__", "__radd__")
 def _add(e: Lowering, x: Value, y: Value, *, alpha: float = 1) -> fx.Node:
+    x, y = broadcast(x, y)
     if not is_tensor(x):
         x, y = y, x
     if not is_tensor(y):
@@ -117,6 +118,7 @@ def _add(e: Lowering, x: Value, y: Value, *, alpha: float = 1) -> fx.Node:
 
 @rule("sub", "sub_", "isub", "subtract", "__sub__")
 def _sub(e: Lowering, x: Value, y: Value, *, alpha: float = 1) -> fx.Node:
+    x, y = broadcast(x, y)
     if not is_tensor(y):
         return e.emit(ops.add_scalar, x, value=-y * alpha)
     if alpha != 1:
@@ -133,6 +135,7 @@ def _rsub(e: Lowering, x: Value, y: Value, alpha: float = 1) -> fx.Node:
 
 @rule("mul", "mul_", "imul", "multiply", "__mul__", "__rmul__")
 def _mul(e: Lowering, x: Value, y: Value) -> fx.Node:
+    x, y = broadcast(x, y)
     if not is_tensor(x):
         x, y = y, x
     return e.emit(ops.mul, x, y) if is_tensor(y) else e.emit(ops.mul_scalar, x, value=y)
@@ -140,6 +143,7 @@ def _mul(e: Lowering, x: Value, y: Value) -> fx.Node:
 
 @rule("div", "div_", "truediv", "itruediv", "divide", "true_divide", "__truediv__")
 def _div(e: Lowering, x: Value, y: Value, *, rounding_mode: str | None = None) -> fx.Node:
+    x, y = broadcast(x, y)
     if rounding_mode is not None or not is_tensor(x):
         raise UnsupportedError("with a rounding mode or of a number by a tensor is not supported")
     return e.emit(ops.div, x, y) if is_tensor(y) else e.emit(ops.mul_scalar, x, value=1.0 / y)
