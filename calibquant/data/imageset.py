@@ -95,6 +95,7 @@ class Subset(ImageSet):
         super().__init__(base.classes, base.on_error)
         self.base, self.indices = base, check_indices(indices, len(base))
         self.workers = base.workers
+        self.remarks = base.remarks
         self.skipped = base.skipped  # shared, so that a file is reported once however often it is drawn
 
     def __len__(self) -> int:

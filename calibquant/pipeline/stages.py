@@ -21,7 +21,7 @@ from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
 from calibquant.pipeline.exporting import export_files
-from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.measuring import measure, warn_of_images
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
@@ -164,6 +164,10 @@ def open_job(
     with steps.begin("prepare", "Open the network and the images"):
         known = read_manifest(folder.path / CHOSEN) if folder and (folder.path / CHOSEN).is_file() else None
         prepared = prepare(recipe, *live, steps.reporter, known)
+        evaluated = prepared.images if prepared.evaluation is None else prepared.evaluation
+        for remark in dict.fromkeys([*prepared.images.remarks, *evaluated.remarks]):
+            steps.reporter.note(f"warning: {remark}")  # log.txt has it since the images were opened
+        warn_of_images(recipe, evaluated, steps.reporter)
         if folder and known is None:
             folder.write(CHOSEN, manifest_csv(prepared.manifest))
         _check_entries(recipe, prepared)
