@@ -54,6 +54,7 @@ STEPS = (
     "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_start",
     "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
+BY_BATCH = ("moving-average", "mse-batch", "mse-shrink")  # observers whose ranges depend on the size of the batches
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
 
@@ -383,7 +384,8 @@ def range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
     """The images on which activation ranges are found, on the device, batch by batch."""
     images = job.prepared.images
     count, done = min(job.recipe.calibration.range_count or len(images), len(images)), 0
-    for batch in job.prepared.batches(job.recipe.calibration.batch_size, slice(count), job.device):
+    exact = job.recipe.quant.activations.observer in BY_BATCH
+    for batch in job.prepared.batches(job.recipe.calibration.batch_size, slice(count), job.device, exact):
         yield batch
         done += len(batch)
         reporter.progress(done, count)
