@@ -6,8 +6,10 @@ other name is refused, so that neither numpy's nor anyone's code runs on a file'
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +17,11 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from calibquant.data.reading import read_regular
 from calibquant.errors import DataError
+
+MOST_BYTES = 1 << 29  # of a file; an official one has 31 million
+MOST_STEPS = 1_000_000  # of a pickle; an official one has 30,000
 
 
 class _Array:
@@ -63,12 +69,6 @@ def _dtype(name: str | bytes, *_: Any) -> _Dtype:
     return _Dtype()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError("not latin1")
-    return text.encode("latin1")
-
-
 def _refuse(*_: Any) -> NoReturn:
     raise pickle.UnpicklingError("an array made in an unknown way")
 
@@ -78,15 +78,35 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): _refuse,  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
 }
 
 
 class _BatchUnpickler(pickle.Unpickler):
+    """Reads a pickle whose steps `_check_steps` found to be harmless in number and place."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = len(data)  # that may still be encoded: an honest pickle encodes each of its texts once
+
     def find_class(self, module: str, name: str) -> _Allowed:
+        if (module, name) == ("_codecs", "encode"):
+            return _Allowed(self._encode)
         if (module, name) not in _ALLOWED:
             raise _ForbiddenNameError(f"{module}.{name}")
         return _Allowed(_ALLOWED[module, name])
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        self._left -= len(text)
+        if encoding not in ("latin1", b"latin1") or self._left < 0:
+            raise pickle.UnpicklingError("not latin1, or more bytes than the file holds")
+        return text.encode("latin1")
+
+
+def _check_steps(data: bytes) -> None:
+    """Refuse what makes the unpickler reserve more memory than the file justifies: sizes, steps and memo numbers."""
+    for count, (code, argument, _) in enumerate(pickletools.genops(data)):  # raises where a size passes the file's end
+        if count > MOST_STEPS or ("PUT" in code.name and (argument or 0) > count):
+            raise pickle.UnpicklingError("too many steps, or a memo number beyond them")
 
 
 class _ForbiddenNameError(Exception):
@@ -105,8 +125,9 @@ def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]
     """
     again = "download cifar-10-python.tar.gz again"
     try:
-        with path.open("rb") as file:
-            tree = _BatchUnpickler(file, encoding="bytes").load()
+        data = read_regular(path, MOST_BYTES)
+        _check_steps(data)
+        tree = _BatchUnpickler(data).load()
     except _ForbiddenNameError as error:
         problem = f"is not read because it asks to run {error}, which no CIFAR-10 file does"
         raise DataError(path, problem, "do not trust this file; " + again) from None
@@ -115,8 +136,8 @@ def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]
     except Exception:  # a damaged pickle can raise nearly anything
         raise DataError(path, "is truncated or not a CIFAR-10 batch", again) from None
     fields = tree if isinstance(tree, dict) else {}
-    data, labels = (fields.get(key, fields.get(key.encode())) for key in ("data", "labels"))
-    pixels = data.values if isinstance(data, _Array) else None
+    array, labels = (fields.get(key, fields.get(key.encode())) for key in ("data", "labels"))
+    pixels = array.values if isinstance(array, _Array) else None
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
         raise DataError(path, "holds no images of 3072 bytes under 'data'", again)
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(_is_byte(x) for x in labels):

@@ -44,6 +44,9 @@ class CifarImages(ImageSet):
         self._root, self._split, self._settings = root, split, settings
         self.files = files
         self._ends = list(accumulate(len(file.labels) for file in files))
+        missing = set(_stems(split)) - {Path(file.name).stem for file in files}
+        if missing:
+            self.remarks = (f"{root}: missing files of the split {split}: {', '.join(sorted(missing))}",)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Another process opens the files itself: the arrays that are mapped into memory would be sent whole."""
@@ -116,7 +119,7 @@ def open_cifar10(root: Path, split: str, settings: Preprocess) -> CifarImages:
     Raises:
         DataError: no file is found, or one is truncated or holds labels other than 0..9.
     """
-    stems = ["test_batch"] if split == "test" else [f"data_batch_{k}" for k in range(1, 6)]
+    stems = _stems(split)
     for folder, suffix, read in _FORMS:
         for base in (root, root / folder):
             paths = [path for stem in stems if (path := base / f"{stem}{suffix}").is_file()]
@@ -124,6 +127,11 @@ def open_cifar10(root: Path, split: str, settings: Preprocess) -> CifarImages:
                 return CifarImages(root, split, settings, [_open_file(path, read) for path in paths])
     problem = f"holds no CIFAR-10 files of the split {split} ({stems[0]}.bin or {stems[0]})"
     raise DataError(root, problem, "set data.root to the folder that holds cifar-10-batches-bin or cifar-10-batches-py")
+
+
+def _stems(split: str) -> list[str]:
+    """The names of a split's files, without ending."""
+    return ["test_batch"] if split == "test" else [f"data_batch_{k}" for k in range(1, 6)]
 
 
 def _open_file(path: Path, read: Callable[[Path], tuple[Pixels, Labels]]) -> CifarFile:

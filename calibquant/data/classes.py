@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibquant.data.reading import MOST_TEXT, read_regular
 from calibquant.errors import DataError
 
 FORMS = "write one WordNet id or name a line in index order, or JSON as in imagenet_class_index.json"
@@ -44,14 +45,14 @@ class Classes:
         for table in self.tables:
             found = table.get(word) or table.get(_plain(word)) or ()
             if len(found) > 1:
-                problem = f"'{word}' is the name of the classes {' and '.join(map(str, found))} in {self.path}"
+                problem = f"'{word[:40]}' is the name of the classes {' and '.join(map(str, found))} in {self.path}"
                 raise DataError(where, problem, "use the WordNet id, or change a name in that file")
             if found:
                 return found[0]
         known = [key for table in self.tables for key in table]
         close = difflib.get_close_matches(word, known, 1) or difflib.get_close_matches(_plain(word), known, 1)
         mend = f"did you mean '{close[0]}'?" if close else f"use its words, such as '{known[0]}'"
-        raise DataError(where, f"'{word}' is no class of {self.path}", mend)
+        raise DataError(where, f"'{word[:40]}' is no class of {self.path}", mend)
 
 
 def read_classes(path: Path) -> Classes:
@@ -64,7 +65,7 @@ def read_classes(path: Path) -> Classes:
         DataError: the file cannot be read, is in none of these forms, leaves out an index, or has an id twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, MOST_TEXT).decode("utf-8-sig")
     except OSError as error:
         raise DataError(path, f"cannot be read ({error.strerror})", "set data.classes to a class file") from None
     except UnicodeDecodeError:
@@ -105,6 +106,8 @@ def _from_json(path: Path, text: str) -> list[list[str]]:
         tree: Any = json.loads(text)
     except ValueError:
         raise DataError(path, "is not valid JSON", FORMS) from None
+    except RecursionError:
+        raise DataError(path, "holds lists within lists, too deep to be read", FORMS) from None
     if isinstance(tree, dict):
         missing = next((i for i in range(len(tree)) if str(i) not in tree), None)
         if missing is not None:

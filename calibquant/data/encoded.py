@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from calibquant.data.imageset import ImageSet, OnError
-from calibquant.data.preprocess import decode, preprocess
+from calibquant.data.preprocess import decode, preprocess, within_memory
 from calibquant.recipe import Preprocess
 
 
@@ -77,11 +77,13 @@ class EncodedImages(ImageSet):
         return len(self._names)
 
     def image(self, i: int) -> Tensor:
-        return preprocess(self.decoded(i), self._settings, self.where(i))
+        with within_memory(self.where(i)):
+            return preprocess(self.decoded(i), self._settings, self.where(i))
 
     def decoded(self, i: int) -> Image.Image:
         """Image `i` before preprocessing, mode RGB."""
-        return decode(self.read(i), self._settings.color, self.where(i))
+        with within_memory(self.where(i)):
+            return decode(self.read(i), self._settings.color, self.where(i))
 
     def label(self, i: int) -> int | None:
         label = int(self._labels[i])

@@ -31,6 +31,8 @@ class ImageSet(ABC):
         on_error: what `batches` does with an unreadable image.
         workers: processes in which `batches` decodes; 0 for threads of this one. The same images come either way.
         skipped: names of the images that `batches` found unreadable and left out.
+        remarks: what was found while opening that changes the set, such as files that are left out; one sentence each.
+            `open_images` logs them.
     """
 
     def __init__(self, classes: list[str] | None = None, on_error: OnError = "fail") -> None:
@@ -38,6 +40,7 @@ class ImageSet(ABC):
         self.on_error: OnError = on_error
         self.workers = 0
         self.skipped: set[str] = set()
+        self.remarks: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -93,6 +96,7 @@ class Subset(ImageSet):
         super().__init__(base.classes, base.on_error)
         self.base, self.indices = base, check_indices(indices, len(base))
         self.workers = base.workers
+        self.remarks = base.remarks
         self.skipped = base.skipped  # shared, so that a file is reported once however often it is drawn
 
     def __len__(self) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from calibquant.data.classes import Classes
 from calibquant.data.encoded import Strings
 from calibquant.data.files import FileImages, relative
 from calibquant.data.imageset import OnError
+from calibquant.data.reading import MOST_TEXT, read_regular
 from calibquant.errors import DataError
 from calibquant.recipe import Preprocess
 
@@ -47,7 +51,28 @@ def open_csv(
         digests.append(parse_digest(row["sha256"], where) if row.get("sha256", "").strip() else "")
     checked = Strings(digests) if any(digests) else None
     shown = list(classes.names) if classes else None
-    return FileImages(root, Strings(names), labels, settings, shown, on_error, checked)
+    images = FileImages(root, Strings(names), labels, settings, shown, on_error, checked)
+    images.remarks = tuple(f"{path}: {remark}" for remark in repeated(names))
+    return images
+
+
+def repeated(keys: Sequence[str], shown: Sequence[str] | None = None) -> list[str]:
+    """A remark on the images that a list names more than once, or nothing if there are none.
+
+    Args:
+        keys: what tells images apart, one for each row.
+        shown: what a person calls them; None for `keys` themselves.
+
+    Example:
+        >>> repeated(["a.png", "b.png", "a.png"])
+        ['images listed more than once: 1 (a.png 2 times); each row counts as an image']
+    """
+    several = [(key, count) for key, count in Counter(keys).most_common() if count > 1]
+    if not several:
+        return []
+    key, count = several[0]
+    most = f"{(shown or keys)[keys.index(key)]} {count:,} times"
+    return [f"images listed more than once: {len(several):,} ({most}); each row counts as an image"]
 
 
 def _open_kaggle(
@@ -74,7 +99,9 @@ def _open_kaggle(
         names.append(((KAGGLE_FOLDER / folder if unpacked else Path()) / f"{image}.JPEG").as_posix())
         first = row.get("PredictionString", "").split()[:1]
         labels.append(parse_label(first[0] if first else "", where, classes))
-    return FileImages(root, Strings(names), labels, settings, list(classes.names), on_error)
+    images = FileImages(root, Strings(names), labels, settings, list(classes.names), on_error)
+    images.remarks = tuple(f"{path}: {remark}" for remark in repeated(names))
+    return images
 
 
 def parse_label(text: str, where: str, classes: Classes | None = None) -> int | None:
@@ -105,6 +132,14 @@ def parse_digest(text: str, where: str) -> str:
     return digest
 
 
+def _check_nul(path: Path, text: str) -> None:
+    """Refuse NUL bytes, which no path holds and which csv refuses or takes by Python's version."""
+    place = text.find("\0")
+    if place >= 0:
+        where = f"{path}, line {text.count(chr(10), 0, place) + 1}"
+        raise DataError(where, "holds a NUL byte", "save the list as CSV in UTF-8, not UTF-16, and take the byte out")
+
+
 def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Rows of a CSV file with a header: each with the number of its last line.
 
@@ -112,9 +147,10 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         DataError: the file cannot be read, or a row has more or fewer fields than the header.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
+        text = read_regular(path, MOST_TEXT).decode("utf-8-sig")
+        _check_nul(path, text)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows = [(reader.line_num, row) for row in reader]
     except OSError as error:
         raise DataError(path, f"cannot be read ({error.strerror})", "give the path of a CSV file") from None
     except (UnicodeDecodeError, csv.Error):

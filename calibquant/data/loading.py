@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from calibquant.errors import DataError
 
 MOST_THREADS = 4
 PREFETCH = 2  # batches decoded while the network works on another
+MOST_VALUES = 1 << 27  # numbers in the images of a batch: 64 images of 3 x 836 x 836
+MOST_AHEAD = 1 << 28  # bytes of these; of larger images fewer batches are decoded ahead
 WORTH_PROCESSES = 256  # fewer images are decoded before processes have started
 
 logger = logging.getLogger("calibquant")
@@ -64,12 +67,26 @@ def batches(images: ImageSet, batch_size: int, indices: Sequence[int] | None = N
     return _deliver(images, [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)])
 
 
+def images_within(batch_size: int, shape: Sequence[int]) -> int:
+    """How many images pass at once: `batch_size`, of large images fewer, and at least one.
+
+    Args:
+        batch_size: as asked for.
+        shape: of images, (N, C, H, W).
+
+    Example:
+        >>> images_within(64, (1, 3, 640, 640)), images_within(64, (1, 3, 2000, 2000))
+        (64, 11)
+    """
+    return max(1, min(batch_size, MOST_VALUES // math.prod(shape[1:])))
+
+
 def _deliver(images: ImageSet, chunks: list[Part]) -> Iterator[Batch]:
     apart = images.workers > 0 and sum(map(len, chunks)) >= WORTH_PROCESSES
     delivered = False
     with closing((load_by_processes if apart else _load_by_threads)(images, chunks)) as arriving:
-        for chunk, loaded in zip(chunks, arriving, strict=True):
-            batch = _collect(images, chunk, loaded)
+        for chunk in chunks:
+            batch = _collect(images, chunk, next(arriving))  # kept by no name, so that a batch is not held twice
             if batch is not None:
                 delivered = True
                 yield batch
@@ -79,17 +96,23 @@ def _deliver(images: ImageSet, chunks: list[Part]) -> Iterator[Batch]:
 
 
 def _load_by_threads(images: ImageSet, chunks: Sequence[Part]) -> Generator[Loaded]:
-    """The images of each chunk in order, decoded up to PREFETCH chunks ahead."""
+    """The images of each chunk in order, decoded up to PREFETCH chunks ahead as far as these are small."""
     threads = min(MOST_THREADS, torch.get_num_threads())  # the recipe's `threads`
     pool = ThreadPoolExecutor(threads, thread_name_prefix="calibquant-data")
     pending: deque[list[Future[Loaded]]] = deque()
+    ahead, waiting = 0, deque(chunks)
     try:
-        for chunk in chunks:
-            pending.append(_submit(pool, threads, images, chunk))
-            if len(pending) > PREFETCH:
-                yield [image for future in pending.popleft() for image in future.result()]
-        while pending:
-            yield [image for future in pending.popleft() for image in future.result()]
+        while waiting or pending:
+            while waiting and len(pending) <= ahead:
+                pending.append(_submit(pool, threads, images, waiting.popleft()))
+            loaded = [image for future in pending.popleft() for image in future.result()]
+            size = sum(image.nbytes for image in loaded if isinstance(image, Tensor))
+            ahead = min(PREFETCH, MOST_AHEAD // max(size, 1))
+            while waiting and len(pending) < ahead:
+                pending.append(_submit(pool, threads, images, waiting.popleft()))
+            handed = [loaded]
+            del loaded
+            yield handed.pop()  # held by the reader alone
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,14 @@ from calibquant.data.files import open_folder
 from calibquant.data.imageset import ImageSet
 from calibquant.data.lists import open_csv
 from calibquant.data.preprocess import check_preprocess
+from calibquant.data.reading import is_folder
 from calibquant.data.shards import open_shards
 from calibquant.errors import DataError, nearest
 from calibquant.recipe import DataRecipe, Preprocess
 
 Split = Literal["calibration", "evaluation"]
+
+logger = logging.getLogger("calibquant")
 
 _SPLITS = {"calibration": "train", "evaluation": "test"}
 _FOLDERS = {"calibration": "train", "evaluation": "val"}
@@ -24,6 +28,8 @@ _FOLDERS = {"calibration": "train", "evaluation": "val"}
 
 def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
     """Open the images that calibrate, or those that evaluate. Files are decoded later, one by one.
+
+    A warning of the logger `calibquant` says what is left out.
 
     Args:
         recipe: the recipe's `data`. Where it names no set, cifar10 and digits take train and test, folder takes train
@@ -47,6 +53,8 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
     check_preprocess(settings, 1 if recipe.kind == "digits" else 3, field)
     images = _open(recipe, split, chosen, settings)
     images.workers = recipe.workers
+    for remark in images.remarks:
+        logger.warning("%s", remark)
     return images
 
 
@@ -79,6 +87,6 @@ def _root(recipe: DataRecipe) -> Path:
             "data.root", f"is not given, but {recipe.kind} needs it", "set it to the folder of the data set"
         )
     root = recipe.root.expanduser()
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"data.root, {root}", "there is no such folder", "set it to the folder of the data set")
     return root

@@ -7,6 +7,9 @@ networks trained there see the input they know. Like there, an EXIF orientation 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,8 @@ from calibquant.errors import DataError
 from calibquant.recipe import Preprocess
 
 Size = int | tuple[int, int]
+LARGE = 1 << 24  # pixels after resizing; of more, only those that the crop keeps are computed
+MOST_PIXELS = 178_956_970  # that Pillow opens, and that resizing makes
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -26,6 +31,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_REACH = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of a filter to either side, in pixels of the coarser image
 
 
 def check_preprocess(settings: Preprocess, channels: int, field: str = "data.preprocess") -> None:
@@ -63,11 +69,15 @@ def decode(data: bytes, color: str, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # Pillow would run Ghostscript on it
+                raise UnreadableImageError(
+                    name, "is a PostScript file", "convert it to PNG, or set data.on_error to skip"
+                )
             image.load()
-    except MemoryError:
+    except (MemoryError, UnreadableImageError):
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise whatever their parsing stumbles over
-        large = isinstance(error, Image.DecompressionBombError)
+        large = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
         problem = "has more pixels than Pillow opens" if large else "is a truncated or corrupt image"
         mend = f"{'make it smaller' if large else 'replace or remove it'}, or set data.on_error to skip"
         raise UnreadableImageError(name, problem if data else "is empty", mend) from None
@@ -85,21 +95,41 @@ def decode(data: bytes, color: str, name: str) -> Image.Image:
         raise DataError(name, f"cannot become RGB (PIL mode {image.mode})", "convert the file to RGB") from None
 
 
+@contextmanager
+def within_memory(name: str) -> Iterator[None]:
+    """Name the image if memory does not suffice for it.
+
+    Raises:
+        UnreadableImageError: memory cannot be had.
+    """
+    try:
+        yield
+        return
+    except MemoryError:
+        pass
+    except RuntimeError as error:  # of PyTorch
+        if "allocate memory" not in str(error):
+            raise
+    mend = "make it smaller, or set data.on_error to skip"
+    raise UnreadableImageError(name, "does not fit into the memory that is free", mend)
+
+
 def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
     """Resize to (height, width), or the shorter side to `size` keeping the aspect.
 
     The longer side becomes int(size * longer / shorter). An image that has the size already is returned as it is.
     """
+    new = resized_size(image, size)
+    return image if new == image.size else image.resize(new, _FILTERS[interpolation])
+
+
+def resized_size(image: Image.Image, size: Size) -> tuple[int, int]:
+    """The (width, height) that `resize` gives an image."""
     width, height = image.size
-    if isinstance(size, int):
-        short, long = min(width, height), max(width, height)
-        other = int(size * long / short)
-        new_width, new_height = (size, other) if width <= height else (other, size)
-    else:
-        new_height, new_width = size
-    if (new_width, new_height) == (width, height):
-        return image
-    return image.resize((new_width, new_height), _FILTERS[interpolation])
+    if not isinstance(size, int):
+        return size[1], size[0]
+    other = int(size * max(width, height) / min(width, height))
+    return (size, other) if width <= height else (other, size)
 
 
 def center_crop(image: Image.Image, size: Size, name: str) -> Image.Image:
@@ -110,12 +140,52 @@ def center_crop(image: Image.Image, size: Size, name: str) -> Image.Image:
     Raises:
         DataError: the crop is larger than the image.
     """
+    return image.crop(_central(image.size, size, name))
+
+
+def _central(whole: tuple[int, int], size: Size, name: str) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of the central crop of an image of (width, height)."""
     height, width = (size, size) if isinstance(size, int) else size
-    if height > image.height or width > image.width:
-        sizes = f"the crop of {height} x {width} is larger than the image of {image.height} x {image.width}"
+    if height > whole[1] or width > whole[0]:
+        sizes = f"the crop of {height} x {width} is larger than the image of {whole[1]} x {whole[0]}"
         raise DataError(name, sizes, "set data.preprocess.resize to at least the crop, or a smaller crop")
-    top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
-    return image.crop((left, top, left + width, top + height))
+    top, left = round((whole[1] - height) / 2.0), round((whole[0] - width) / 2.0)
+    return left, top, left + width, top + height
+
+
+def resized_crop(image: Image.Image, size: Size, crop: Size, interpolation: str, name: str) -> Image.Image:
+    """The central crop of a resized image, without the pixels around it: 1 x 30,000 pixels become 256 x 7,680,000 else.
+
+    Nearest neighbours are the same; of the other filters a few pixels of a thousand differ by one, seldom two, since
+    Pillow takes the place of a part in single precision.
+
+    Raises:
+        DataError: the crop is larger than the resized image.
+    """
+    whole = resized_size(image, size)
+    left, top, right, bottom = _central(whole, crop, name)
+    if interpolation == "nearest":
+        rows, columns = _nearest(image.height, whole[1])[top:bottom], _nearest(image.width, whole[0])[left:right]
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        return Image.fromarray(np.asarray(image.crop(box))[rows - box[1]][:, columns - box[0]])
+    x, across = _source(image.width, whole[0], left, right, _REACH[interpolation])
+    y, down = _source(image.height, whole[1], top, bottom, _REACH[interpolation])
+    part = image.crop((x[0], y[0], x[1], y[1]))
+    return part.resize((right - left, bottom - top), _FILTERS[interpolation], (across[0], down[0], across[1], down[1]))
+
+
+def _nearest(old: int, new: int) -> npt.NDArray[np.int32]:
+    """Which of `old` pixels in a row Pillow takes for each of `new`."""
+    row = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+    return np.asarray(row.resize((new, 1), Image.Resampling.NEAREST))[0]
+
+
+def _source(old: int, new: int, first: int, last: int, reach: int) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Of `old` pixels in a row those that pixels first … last - 1 of `new` need, and where in them these lie."""
+    scale = old / new
+    low, high, margin = first * scale, last * scale, math.ceil(reach * max(scale, 1)) + 1
+    start, stop = max(0, math.floor(low) - margin), min(old, math.ceil(high) + margin)
+    return (start, stop), (low - start, min(high - start, stop - start))
 
 
 def normalize(pixels: npt.NDArray[np.uint8], settings: Preprocess) -> Tensor:
@@ -140,6 +210,7 @@ def preprocess(image: Image.Image, settings: Preprocess, name: str) -> Tensor:
 
     Raises:
         DataError: the crop is larger than the resized image.
+        UnreadableImageError: resizing would give more pixels than MOST_PIXELS, and there is no crop.
 
     Example:
         >>> settings = Preprocess(resize=256, crop=224)
@@ -147,6 +218,15 @@ def preprocess(image: Image.Image, settings: Preprocess, name: str) -> Tensor:
         torch.Size([3, 224, 224])
     """
     if settings.resize is not None:
+        width, height = resized_size(image, settings.resize)
+        if settings.crop is not None and width * height > LARGE:
+            image = resized_crop(image, settings.resize, settings.crop, settings.interpolation, name)
+            return to_tensor(image, settings)
+        if width * height > MOST_PIXELS:
+            problem = (
+                f"has {image.height} x {image.width} pixels, which data.preprocess.resize makes {height} x {width}"
+            )
+            raise UnreadableImageError(name, problem, "set data.preprocess.crop, or data.on_error to skip")
         image = resize(image, settings.resize, settings.interpolation)
     if settings.crop is not None:
         image = center_crop(image, settings.crop, name)

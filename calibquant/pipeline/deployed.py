@@ -16,7 +16,7 @@ from calibquant.export.file_names import FLOAT
 from calibquant.export.session import open_session
 from calibquant.parallel import set_threads
 from calibquant.pipeline.by_class import NONE, ByClass
-from calibquant.pipeline.measuring import measure, run_recipe, saved_network
+from calibquant.pipeline.measuring import measure, run_recipe, saved_network, warn_of_images
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, note
 from calibquant.recipe import Recipe, load_recipe
@@ -59,6 +59,7 @@ def evaluate_onnx(
     own = recipe if folder is None or recipe_file is None else run_recipe(folder)  # names the network, not the images
     set_threads(recipe.threads)
     images = open_set(recipe, "evaluation")
+    warn_of_images(recipe, images, reporter)
     by_class.check(images)
     deployed = _mounted(OnnxNetwork(open_session(str(path), data, recipe.threads)), own)
     result: dict[str, Any] = {"file": str(path), "recipe": str(recipe_file or beside)}

@@ -18,6 +18,7 @@ from calibquant.parallel import resolve_device, set_threads
 from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
+from calibquant.pipeline.selecting import warn_beyond
 from calibquant.recipe import Recipe, make_recipe
 from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
 
@@ -36,6 +37,12 @@ def measure(
     return evaluate(
         network.to(device), images, settings.batch_size, settings.count, predictions, reporter.progress, device
     )
+
+
+def warn_of_images(recipe: Recipe, images: ImageSet, reporter: Reporter) -> None:
+    """Warn if the recipe's `evaluation.count` asks for more images than a set has."""
+    if recipe.evaluation.count is not None:
+        warn_beyond(reporter, "evaluation.count", recipe.evaluation.count, len(images), "evaluation")
 
 
 def evaluate_run(
@@ -64,6 +71,7 @@ def evaluate_run(
     recipe = run_recipe(folder, overrides)
     begin(reporter, 1, 2, f"Load {path}")
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
+    warn_of_images(recipe, images, reporter)
     by_class.check(images)
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
@@ -110,6 +118,7 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: B
     device = resolve_device(recipe.device)
     begin(reporter, 1, 2, "Open the network and the images")
     network, images = float_copy(build(recipe)), open_set(recipe, "evaluation")
+    warn_of_images(recipe, images, reporter)
     by_class.check(images)
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)

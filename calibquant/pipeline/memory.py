@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from calibquant.data.loading import images_within
 from calibquant.evaluation.evaluate import MOST_AT_ONCE
 from calibquant.graph import Unit, units, whole_network
 from calibquant.graph.watching import Watched
@@ -55,7 +56,8 @@ def peak_bytes(
     sizes = value_bytes(model.teacher, mount, images[:1])
     passing = live_bytes(graph, sizes) + QUANTIZING * max(sizes.values())
     measured = recipe.evaluation.batch_size or images_at_once(images.shape, MOST_AT_ONCE, device)
-    stages = [max(recipe.calibration.batch_size, measured) * passing]
+    observed = images_within(recipe.calibration.batch_size, images.shape)
+    stages = [max(observed, measured) * passing]
     whole = images_at_once(images.shape, settings.network.batch_size, device)
     learned = {
         unit: whole if phase.name == "network" else settings.batch_size

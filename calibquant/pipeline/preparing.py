@@ -19,6 +19,7 @@ from calibquant.data import (
     check_labels,
     open_images,
 )
+from calibquant.data.loading import images_within
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
@@ -71,10 +72,14 @@ class Prepared:
         return sum(node.op == "placeholder" for node in self.teacher.graph.nodes)
 
     def batches(
-        self, batch_size: int, which: slice = slice(None), device: torch.device | str = "cpu"
+        self, batch_size: int, which: slice = slice(None), device: torch.device | str = "cpu", exact: bool = False
     ) -> Iterator[Tensor]:
-        """Calibration images, (N, C, H, W) float32, batch by batch on a device; `which` of them, all by default."""
+        """Calibration images, (N, C, H, W) float32, batch by batch on a device; `which` of them, all by default.
+
+        Large images come in smaller batches, unless the result depends on the size and it has to be `exact`.
+        """
         chosen = range(len(self.images))[which]
+        batch_size = batch_size if exact else self._at_once(batch_size)
         for batch in batches(self.images.subset(chosen), batch_size):
             yield batch.images.to(device)
 
@@ -86,6 +91,7 @@ class Prepared:
             count: of the first `count` calibration images; None means all.
         """
         chosen = self.images if count is None else self.images.subset(range(min(count, len(self.images))))
+        batch_size = self._at_once(batch_size)
         if self.submodule is None:
             yield from (batch.images for batch in batches(chosen, batch_size))
             return
@@ -101,6 +107,9 @@ class Prepared:
                 seen.clear()
         finally:
             handle.remove()
+
+    def _at_once(self, batch_size: int) -> int:
+        return images_within(batch_size, next(batches(self.images, 1)).images.shape)
 
 
 def mounted(host: nn.Module, name: str, part: nn.Module) -> nn.Module:

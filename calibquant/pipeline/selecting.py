@@ -19,15 +19,17 @@ from calibquant.data import (
     make_manifest,
     read_manifest,
 )  # fmt: skip
+from calibquant.data.lists import repeated
 from calibquant.errors import DataError
 from calibquant.numerics.distance import output_loss
 from calibquant.parallel import resolve_device
-from calibquant.pipeline.reporting import Reporter, note
+from calibquant.pipeline.reporting import Reporter, note, warn
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan, weight_energies
 from calibquant.recipe import Recipe
 from calibquant.reconstruction import round_weights
 from calibquant.selection import Needs, Pool, labelled_pool, needs_of, parse_strategy, score_pool, select
 
+WEIGHTED = "moments-weighted"  # repeats images on purpose
 SKETCH_SEED = 0  # of the random filters: the same for all, so that pools can be compared
 
 
@@ -76,8 +78,15 @@ class Candidates:
         settings = self.recipe.calibration
         if known is None and settings.manifest is not None:
             known = read_manifest(settings.manifest)
+            rows = [row for row in known.rows if row.strategy != WEIGHTED]
+            for remark in repeated([row.sha256 for row in rows], [row.path for row in rows]):
+                warn(self.reporter, f"{settings.manifest}: {remark}")
         if known is not None:
-            return Chosen(find_images(self.images, known.rows), known)
+            chosen = Chosen(find_images(self.images, known.rows), known)
+            self._warn_of_range_count(len(known.rows))
+            return chosen
+        if settings.pool is not None:
+            warn_beyond(self.reporter, "calibration.pool", settings.pool, len(self.images), "calibration set")
         pool, seed = self.pool(needs_of(settings.strategy)), self.recipe.seed
         choice = select(pool, settings.count, settings.strategy, seed, partial(self.trial, pool))
         indices, names, scores = [int(pool.indices[row]) for row in choice.rows], choice.strategies, choice.scores
@@ -87,7 +96,13 @@ class Candidates:
             indices, names = [indices[k] for k in kept], [names[k] for k in kept]
             scores = None if scores is None else [scores[k] for k in kept]
         check_calibration_set(len(indices))
+        self._warn_of_range_count(len(indices))
         return Chosen(indices, make_manifest(self.images, indices, names, seed, scores))
+
+    def _warn_of_range_count(self, chosen: int) -> None:
+        count = self.recipe.calibration.range_count
+        if count is not None:
+            warn_beyond(self.reporter, "calibration.range_count", count, chosen, "calibration")
 
     def pool(self, needs: Needs = "network") -> Pool:
         """What is known of the candidates; the float network looks at them only if it must."""
@@ -135,6 +150,12 @@ class Candidates:
         device = resolve_device(self.recipe.device)
         found = batches(self.images, self.recipe.calibration.batch_size, [int(i) for i in pool.indices[list(rows)]])
         return [batch.images.to(device) for batch in found]
+
+
+def warn_beyond(reporter: Reporter, field: str, asked: int, there: int, what: str) -> None:
+    """Warn of a field of the recipe that asks for more images than there are, where all of them are taken instead."""
+    if asked > there:
+        warn(reporter, f"{field}={asked} is more than there are; all {there:,} images of the {what} are used")
 
 
 def candidates_of(recipe: Recipe, images: ImageSet) -> list[int]:

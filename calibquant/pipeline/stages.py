@@ -21,7 +21,7 @@ from calibquant.parallel import resolve_device
 from calibquant.pipeline.checkpoint import Progress, save_checkpoint
 from calibquant.pipeline.correcting import check_corrections, correct, corrects, equalized, with_room
 from calibquant.pipeline.live import Live
-from calibquant.pipeline.measuring import measure
+from calibquant.pipeline.measuring import measure, warn_of_images
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
@@ -53,6 +53,7 @@ STEPS = (
     "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_start",
     "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
+BY_BATCH = ("moving-average", "mse-batch", "mse-shrink")  # observers whose ranges depend on the size of the batches
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 
 
@@ -162,6 +163,10 @@ def open_job(
     with steps.begin("prepare", "Open the network and the images"):
         known = read_manifest(folder.path / CHOSEN) if folder and (folder.path / CHOSEN).is_file() else None
         prepared = prepare(recipe, *live, steps.reporter, known)
+        evaluated = prepared.images if prepared.evaluation is None else prepared.evaluation
+        for remark in dict.fromkeys([*prepared.images.remarks, *evaluated.remarks]):
+            steps.reporter.note(f"warning: {remark}")  # log.txt has it since the images were opened
+        warn_of_images(recipe, evaluated, steps.reporter)
         if folder and known is None:
             folder.write(CHOSEN, manifest_csv(prepared.manifest))
         _check_entries(recipe, prepared)
@@ -365,7 +370,8 @@ def range_batches(job: Job, reporter: Reporter) -> Iterator[Tensor]:
     """The images on which activation ranges are found, on the device, batch by batch."""
     images = job.prepared.images
     count, done = min(job.recipe.calibration.range_count or len(images), len(images)), 0
-    for batch in job.prepared.batches(job.recipe.calibration.batch_size, slice(count), job.device):
+    exact = job.recipe.quant.activations.observer in BY_BATCH
+    for batch in job.prepared.batches(job.recipe.calibration.batch_size, slice(count), job.device, exact):
         yield batch
         done += len(batch)
         reporter.progress(done, count)

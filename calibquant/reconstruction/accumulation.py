@@ -12,6 +12,8 @@ from calibquant.graph.subgraph import subgraph
 from calibquant.quantization import QuantModel
 from calibquant.reconstruction.network import quantized_input
 
+MOST_SQUARED = 1 << 24  # values whose squares are taken at once
+
 
 def feature_errors(
     model: QuantModel, batches: Iterable[Tensor], device: torch.device | str = "cpu"
@@ -36,10 +38,16 @@ def feature_errors(
             entering = quantized_input(model, images, device).to(device)
             want, got = reference(images.to(device)), simulated(entering)
             pairs = list(zip(_several(want), _several(got), strict=True))
-            off += torch.tensor([float((q - f).double().square().sum()) for f, q in pairs])
-            size += torch.tensor([float(f.double().square().sum()) for f, _ in pairs])
+            off += torch.tensor([_squares(q - f) for f, q in pairs])
+            size += torch.tensor([_squares(f) for f, _ in pairs])
     errors = torch.where(size > 0, off / size.clamp(min=1e-300), torch.zeros_like(off)).sqrt()
     return dict(zip(outputs, errors.tolist(), strict=True))
+
+
+def _squares(values: Tensor) -> float:
+    """The sum of the squares in float64, of large features image by image: these copies are of twice the size."""
+    parts = values.split(1) if values.numel() > MOST_SQUARED else (values,)
+    return sum(float(part.double().square().sum()) for part in parts)
 
 
 def _several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

