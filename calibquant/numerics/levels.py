@@ -295,7 +295,7 @@ def _magnitudes(values: Floats, weights: Floats | None) -> tuple[Floats, Floats]
     fraction, exponent = np.frexp(points)
     _, place = np.unique(np.ldexp(np.rint(np.ldexp(fraction, SIGNIFICANT)), exponent), return_inverse=True)
     total = np.bincount(place.reshape(-1), mass)
-    return np.bincount(place.reshape(-1), mass * points) / np.maximum(total, 1e-300), total
+    return np.bincount(place.reshape(-1), mass * points) / np.maximum(total, 1e-300), np.asarray(total, np.float64)
 
 
 def _check_bits(bits: int, least: int, most: int) -> None:
