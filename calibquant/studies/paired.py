@@ -109,8 +109,8 @@ def over_images(differences: npt.NDArray[np.int64]) -> float:
     the positive ones is a sum of k · Binomial(n_k, 1/2), with n_k the images of |d| = k. The k with the most images
     enters by its cumulative distribution, the others by direct convolution. All terms are positive, so that small
     p-values keep their digits, which a convolution by FFT would lose below 1e-16. Unlike random flips it needs no
-    seed. With one seed it is the exact McNemar test. Sources: Fisher, "The Design of Experiments", 1935, §21; Yeh, "More accurate tests for the
-    statistical significance of result differences", COLING 2000.
+    seed. With one seed it is the exact McNemar test. Sources: Fisher, "The Design of Experiments", 1935, §21; Yeh,
+    "More accurate tests for the statistical significance of result differences", COLING 2000.
 
     Args:
         differences: for each image, seeds that got it right by one method minus those by the other, (N,).

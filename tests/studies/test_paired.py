@@ -108,8 +108,6 @@ def exact(counts: dict[int, int]) -> float:
 @pytest.mark.parametrize(
     "counts",
     [
-        {1: 1800, -1: 1300},  # above 3,000 differing images
-        {1: 2500, -1: 900},
         {1: 300, -1: 200, 2: 90, -2: 40, 3: 20, -3: 5},
         {1: 5, -1: 2, 2: 400, -2: 250, 0: 3000},
         {-3: 150, 3: 20, -1: 60, 1: 40},
@@ -121,6 +119,14 @@ def test_over_images_keeps_its_digits_in_the_tails(counts: dict[int, int]) -> No
     expected = exact(counts)
     assert over_images(of_counts(counts)) == pytest.approx(expected, rel=1e-10)
     assert over_images(-of_counts(counts)) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(1800, 1300), (2500, 900), (1900, 1850), (400, 3700)])
+def test_over_images_and_mcnemar_of_thousands_are_those_of_whole_numbers(won: int, lost: int) -> None:
+    n = won + lost
+    expected = float(Fraction(2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)), 2**n))
+    assert over_images(of_counts({1: won, -1: lost, 0: 50})) == pytest.approx(expected, rel=1e-10)
+    assert mcnemar([True] * won + [False] * lost, [False] * won + [True] * lost) == pytest.approx(expected, rel=1e-10)
 
 
 def test_over_images_of_tens_of_thousands() -> None:
