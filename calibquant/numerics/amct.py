@@ -15,9 +15,8 @@ from torch import Tensor
 
 from calibquant.errors import QuantizationError
 from calibquant.numerics.affine import affine_from_range
-from calibquant.numerics.clipping import percentile_range_of
 from calibquant.numerics.grid import Granularity, Grid
-from calibquant.numerics.histogram import Histogram
+from calibquant.numerics.histogram import Histogram, order_statistics
 from calibquant.numerics.rows import as_matrix, as_range, rows_of
 
 # AMCT's defaults: the share of values kept at either end, search_range and search_step.
@@ -58,7 +57,7 @@ def ifmr_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Te
     end stays, as in the released code (the documentation says that it is searched too). Symmetric: both ends are the
     larger magnitude times the ratio. On equal errors the smallest ratio wins.
 
-    AMCT keeps all values; here they are the bins' centers, and a percentile is off by at most one bin. AMCT scores
+    AMCT keeps all values; here they are the bins' centers, and a percentile is off by less than one bin. AMCT scores
     values clipped to the range and rounded to multiples of the scale; here what the quantizer will make of them is
     scored, which differs where an end is no multiple of the scale. AMCT's symmetric scale is absmax / (2^(b-1) - 1),
     or absmax / 2^(b-1) for a larger negative end; here it is that of every symmetric quantizer.
@@ -69,7 +68,11 @@ def ifmr_range_of(histogram: Histogram, grid: Grid, symmetric: bool) -> tuple[Te
     Raises:
         QuantizationError: the histogram is empty.
     """
-    low, high = percentile_range_of(histogram, 100 * (2 * IFMR_PERCENTILE - 1))
+    if not histogram.total:
+        raise QuantizationError("clipping range", "the histogram is empty", "add at least one value")
+    beyond = max(histogram.total - int(IFMR_PERCENTILE * histogram.total), 1)
+    ends = order_statistics(histogram, np.array([beyond - 1, histogram.total - beyond]))
+    low, high = torch.from_numpy(ends).float()
     low, high = low.clamp(max=0), high.clamp(min=0)
     count = round((IFMR_RANGE[1] - IFMR_RANGE[0]) / IFMR_STEP) + 1
     ratios = torch.from_numpy(np.linspace(*IFMR_RANGE, count)).float()

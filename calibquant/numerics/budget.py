@@ -16,6 +16,7 @@ from scipy.optimize import LinearConstraint, milp
 from calibquant.errors import QuantizationError
 
 Array = npt.NDArray[np.float64]
+FINEST = 1e-6  # share of the limit: room below it counts as so much, lest rounding of the sums decides
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +80,12 @@ def choose(costs: Array, uses: Uses, limit: float) -> list[int]:
     """
     tensors, choices = costs.shape
     scale = max(float(np.abs(costs).max()), 1e-300)
-    size = max(abs(limit), 1e-300)
     count = costs.size + choices * choices * len(uses.products)
     objective = np.concatenate([costs.ravel() / scale, np.zeros(count - costs.size)])
-    load = np.concatenate([uses.own.ravel(), *(p.use.ravel() for p in uses.products)]) / size
+    load, room = _beyond_the_least(uses, limit)
+    size = max(room, FINEST * abs(limit), 1e-300)
+    load, room = np.minimum(load / size, 2.0), room / size  # what passes the limit alone need not be far above it
     equal, right = _one_of_each(tensors, choices, uses.products, count)
-    room = (limit - uses.fixed) / size
     # The solver's tolerance lets a choice pass the limit by a hair; then the limit is drawn in by twice that.
     for _ in range(20):
         found = milp(
@@ -103,6 +104,17 @@ def choose(costs: Array, uses: Uses, limit: float) -> list[int]:
         room -= 2 * excess / size
     problem = f"no choice of bits is within {limit:.6g}"
     raise QuantizationError("budget", problem, "raise the limit, or allow fewer bits")
+
+
+def _beyond_the_least(uses: Uses, limit: float) -> tuple[Array, float]:
+    """What each variable takes above the least of its tensor or product, and what the limit leaves for that.
+
+    The solver's tolerance is then relative to the room in which choices differ, not to the whole budget.
+    """
+    least = uses.own.min(1, keepdims=True)
+    products = [product.use - product.use.min() for product in uses.products]
+    fixed = uses.fixed + float(least.sum()) + sum(float(product.use.min()) for product in uses.products)
+    return np.concatenate([(uses.own - least).ravel(), *(use.ravel() for use in products)]), limit - fixed
 
 
 def _one_of_each(

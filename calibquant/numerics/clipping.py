@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibquant.errors import QuantizationError
 from calibquant.numerics.grid import Granularity, Grid
-from calibquant.numerics.histogram import Histogram
+from calibquant.numerics.histogram import Histogram, order_statistics
 from calibquant.numerics.mse_search import Side, mse_range, mse_range_exhaustive, mse_range_of, side_of
 from calibquant.numerics.rows import as_matrix, as_range
 from calibquant.numerics.shrink import mse_shrink_range
@@ -50,15 +50,17 @@ def percentile_range(x: Tensor, granularity: Granularity, percent: float) -> tup
 
 
 def percentile_range_of(histogram: Histogram, percent: float) -> tuple[Tensor, Tensor]:
-    """`percentile_range` from a histogram, its values spread evenly inside each bin; off by at most one bin.
+    """`percentile_range` from a histogram, off by less than one bin, which is as far as order statistics are known.
+
+    Between two order statistics the quantile is interpolated linearly, also over empty bins.
 
     Raises:
         QuantizationError: the histogram is empty.
     """
-    total = _checked(histogram)
-    ranks = np.concatenate([[0], np.cumsum(histogram.counts.numpy())])
-    ends = np.interp(np.array(_tails(percent)) * total, ranks, histogram.edges.numpy())
-    low, high = np.clip(ends, histogram.minimum, histogram.maximum)
+    at = np.array(_tails(percent)) * (_checked(histogram) - 1)
+    rank = np.floor(at).astype(np.int64)
+    below, above = order_statistics(histogram, rank), order_statistics(histogram, np.ceil(at).astype(np.int64))
+    low, high = below + (at - rank) * (above - below)
     return torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
 
 

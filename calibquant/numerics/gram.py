@@ -103,6 +103,9 @@ class RowGrid:
 def round_rows(weight: Tensor, moments: Moments, grid: RowGrid) -> tuple[Tensor, RowGrid]:
     """Integers and scales of small output error: error feedback, then sweeps of coordinate descent and new scales.
 
+    Where these leave a larger error than the nearest integers and the scales to start from, a row gets those back; of
+    rows that share a scale, all do if they are worse together.
+
     Args:
         weight: the float weights, (G, O, K), which damping pulls to.
         moments: of the inputs and the wanted outputs.
@@ -111,14 +114,18 @@ def round_rows(weight: Tensor, moments: Moments, grid: RowGrid) -> tuple[Tensor,
     Returns:
         the integers (G, O, K), and the grid with its new scales.
     """
-    damped = moments.damped(weight, DAMPING)
+    damped, start = moments.damped(weight, DAMPING), grid
     integers = error_feedback(damped, grid)
     for _ in range(SWEEPS):
         integers, changed = coordinate_descent(integers, damped, grid)
         grid = best_scales(integers, damped, grid)
         if not changed:
             break
-    return integers, grid
+    nearest = start.rounded(weight)
+    harm = moments.errors(grid.values(integers)) - moments.errors(start.values(nearest))
+    worse = torch.zeros_like(grid.scale).index_add(0, grid.owner.flatten(), harm.flatten()) > 0
+    integers = torch.where(grid.of(worse), nearest, integers)
+    return integers, replace(grid, scale=torch.where(worse, start.scale, grid.scale))
 
 
 def error_feedback(moments: Moments, grid: RowGrid) -> Tensor:

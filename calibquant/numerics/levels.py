@@ -19,6 +19,8 @@ from calibquant.numerics.grid import Granularity, PerChannel
 Floats = npt.NDArray[np.float64]
 TOP = 127  # the largest level: int8, symmetric
 POINTS = 4096  # distinct values for an exact clustering; more are gathered into bins first
+POINTS_EXACT = 1 << 15  # distinct magnitudes for an exact scale
+SIGNIFICANT = 11  # bits of a magnitude that count beyond these
 
 
 def power_of_two_levels(bits: int) -> list[int]:
@@ -253,53 +255,47 @@ def gathered(values: Floats, weights: Floats) -> tuple[Floats, Floats]:
     return total[there] / mass[there], np.asarray(mass[there], dtype=np.float64)
 
 
-def ternary_scale(x: Floats) -> float:
-    """The scale of least squared error with the levels -1, 0 and 1, exact.
+def best_scale(values: Floats, levels: npt.ArrayLike, weights: Floats | None = None) -> float:
+    """The scale of least squared error of the nearest levels, exact; 0 where all values are.
 
-    If the k largest magnitudes become ±1, their mean is the best scale and saves (their sum)^2 / k; the best k is found
-    by looking at all. Source: Li, Zhang and Liu, 2016, equation 5, solved without its approximation.
+    Codes q have their least error at the scale sum(x q) / sum(q^2), which is sum(x^2) - sum(x q)^2 / sum(q^2). Codes
+    change only where a magnitude passes the border between two levels, so that each of these scales is looked at, from
+    the one at which every value has the least magnitude down. Ternary levels: Li, Zhang and Liu, 2016, equation 5,
+    solved without its approximation; binary ones: XNOR-Net, equation 6.
 
-    Example:
-        >>> ternary_scale(np.array([0.1, -2.0, 2.2, 0.0]))
-        2.1
-    """
-    sums = np.cumsum(np.sort(np.abs(x))[::-1])
-    k = np.arange(1, len(sums) + 1)
-    best = int((sums**2 / k).argmax())
-    return float(sums[best] / k[best])
-
-
-def best_scale(x: Tensor, levels: Tensor, start: Tensor, steps: int = 100, rounds: int = 3) -> Tensor:
-    """The scale of least squared error of each row: a search over shrunk ranges, then least squares and new codes.
+    Above POINTS_EXACT different magnitudes, those that agree in SIGNIFICANT bits count as their mean.
 
     Args:
-        x: float (R, n), a row for each scale.
-        levels: ascending, (k,).
-        start: float (R,), the scale at which the largest level reaches the row's largest value.
-        steps: scales tried, start * i / steps.
-        rounds: of scale = sum(x l) / sum(l^2) and nearest levels again, which never makes the error larger.
+        values: (n,).
+        levels: symmetric about zero; or not negative, for values that are not.
+        weights: of the values' squared errors, not negative, (n,); None: 1.
 
-    Returns:
-        float32 (R,), positive.
+    Example:
+        >>> best_scale(np.array([0.1, -2.0, 2.2, 0.0]), [-1, 0, 1])
+        2.1
     """
-    values = levels.to(x)
+    points, mass = _magnitudes(values, weights)
+    steps = np.unique(np.abs(np.asarray(levels, dtype=np.float64)))
+    low, borders = steps[0], (steps[1:] + steps[:-1]) / 2
+    order = np.argsort((points / borders[:, None]).ravel(), kind="stable")[::-1]  # of sorted runs: timsort merges them
+    gains = (mass * points * np.diff(steps)[:, None]).ravel()[order]
+    sizes = (mass * np.diff(steps**2)[:, None]).ravel()[order]
+    gain = np.cumsum(np.concatenate([[low * (mass @ points)], gains]))  # sum(x q) after each border that is passed
+    size = np.cumsum(np.concatenate([[low**2 * mass.sum()], sizes]))  # sum(q^2)
+    scale = np.divide(gain, size, out=np.zeros_like(gain), where=size > 0)
+    return float(scale[(gain * scale).argmax()])
 
-    def error(scale: Tensor) -> Tensor:
-        return (values[nearest_codes(x / scale[:, None], levels)] * scale[:, None] - x).square().sum(1)
 
-    best, least = start.clone(), error(start)
-    for i in range(1, steps):
-        scale = start * (i / steps)
-        found = error(scale)
-        best, least = torch.where(found < least, scale, best), torch.minimum(found, least)
-    for _ in range(rounds):
-        chosen = values[nearest_codes(x / best[:, None], levels)]
-        size = chosen.square().sum(1)
-        scale = torch.where(size > 0, (chosen * x).sum(1) / size.clamp(min=1e-30), best)
-        scale = torch.where(scale > 0, scale, best)
-        found = error(scale)
-        best, least = torch.where(found <= least, scale, best), torch.minimum(found, least)
-    return best.float()
+def _magnitudes(values: Floats, weights: Floats | None) -> tuple[Floats, Floats]:
+    """Different magnitudes, ascending, and the sums of their weights."""
+    points, place = np.unique(np.abs(values), return_inverse=True)
+    mass = np.bincount(place.reshape(-1), weights, len(points)).astype(np.float64)
+    if len(points) <= POINTS_EXACT:
+        return points, mass
+    fraction, exponent = np.frexp(points)
+    _, place = np.unique(np.ldexp(np.rint(np.ldexp(fraction, SIGNIFICANT)), exponent), return_inverse=True)
+    total = np.bincount(place.reshape(-1), mass)
+    return np.bincount(place.reshape(-1), mass * points) / np.maximum(total, 1e-300), np.asarray(total, np.float64)
 
 
 def _check_bits(bits: int, least: int, most: int) -> None:

@@ -3,6 +3,9 @@
 The family and the score are those of QDrop's MSEObserver (Wei et al., QDrop, ICLR 2022, released code): mean
 |x - fake_quantize(x)|^p with p = 2.4 over 100 thresholds, or over 100 widths times every zero point. The exhaustive
 search costs 100 * 2^bits passes over the data; `mse_range` finds the same range by discarding what provably loses.
+
+What is promised is the least error of this family, not of all ranges. No range is wider than the values. A symmetric
+grid has one code less above zero than below: where a far outlier is positive, a wider range can have a smaller error.
 """
 
 from __future__ import annotations

@@ -45,7 +45,11 @@ from calibquant.training import (
 STATE = "checkpoint-finetune.json"  # names the file of the state after the last complete epoch
 START = "checkpoint-start.json"  # plan of the run that is trained further, for a run that goes on
 CHANCE = 0.05  # McNemar's p-value below which the start is better than what training made of it
-SOME = 64  # calibration images on which the size of values is measured
+SOME = 64  # calibration images on which the size of values is measured, and training images that show divergence
+GROWTH, RISE = (
+    1.25,
+    0.05,
+)  # of a diverged training's own loss; at 8 bits a good one may end at 6 times the start's 0.001
 
 Decisions = npt.NDArray[np.bool_]  # of each image whether it is right, (N,)
 
@@ -85,7 +89,8 @@ def adopt(job: Job, start: Path) -> None:
 def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
     """Train the quantized network as the recipe says, with a checkpoint in the folder after each epoch.
 
-    The last epoch is kept, or the start where that is better on the images held out beyond chance.
+    The last epoch is kept. Where images are held out, the start is kept instead if it is better on them beyond chance,
+    or if the training diverged: the loss that it minimizes has grown on images that it learned from.
 
     Raises:
         CalibQuantError: the images have no labels, or the loss diverges.
@@ -100,18 +105,26 @@ def finetune_network(job: Job, folder: RunFolder, live: Live) -> None:
         accuracy = None if judge is None else lambda network: float(judge(network).mean())
         some = next(job.prepared.inputs(SOME, SOME)).to(job.device)
         training = begin_finetuning(job.model, settings, some)
+        objective = Distillation(job.model, settings, some)
+        loss, parts = None if judge is None else objective.measured(source, SOME), settings.distill + settings.labels
         images = fingerprint(source.images)
         if load_training(folder, training, images, STATE):
             note(job.reporter, f"going on after epoch {len(training.reports)}")
-        kept = _fit(job, folder, training, source, Distillation(job.model, settings, some), accuracy, images)
+        kept = _fit(job, folder, training, source, objective, accuracy, images)
         restore(job.model, artifact_tensors(finished(training, kept)))
         job.model.to(job.device)
         last = None if judge is None else judge(job.model)
         worse = first is not None and last is not None and harmed(first, last)
         if worse:
+            note(job.reporter, "The network before training is better on the images held out. It is kept.")
+        elif loss is not None and diverged(loss, end := objective.measured(source, SOME), parts):
+            worse = True
+            grown = f"from {loss:.3g} to {end:.3g} on images that it learned from"
+            note(job.reporter, f"The training diverged: its loss rose {grown}. The network before training is kept. "
+                               "Use a lower finetune.lr.")  # fmt: skip
+        if worse:
             restore(job.model, before)
             job.model.to(job.device)
-            note(job.reporter, "the start does better on the images held out: rolled back")
         elif settings.batch_norm == "reestimated":
             _reestimate(job, folder)
     job.facts["finetune"] |= {
@@ -192,6 +205,16 @@ def harmed(before: Decisions, after: Decisions) -> bool:
         before, after: of the same images, (N,).
     """
     return bool(after.mean() < before.mean()) and mcnemar(before, after) < CHANCE
+
+
+def diverged(before: float, after: float, weight: float = 1.0) -> bool:
+    """Whether the loss that a training minimizes has grown by a quarter and by 0.05 nats, or is no finite number.
+
+    Args:
+        before, after: on the same images, from those that were trained on.
+        weight: of the loss's parts together.
+    """
+    return not after <= GROWTH * before + RISE * weight
 
 
 def _judge(job: Job, held: ImageSet) -> Callable[[nn.Module], Decisions]:

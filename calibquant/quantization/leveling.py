@@ -18,7 +18,6 @@ from calibquant.numerics.levels import (
     on_levels,
     power_of_two_levels,
     ternary_levels,
-    ternary_scale,
 )
 from calibquant.numerics.rows import as_matrix
 from calibquant.quantization.plan import LevelPlan, TensorPlan
@@ -30,8 +29,8 @@ INT8 = Grid(8, signed=True)
 def leveled_weight(weight: Tensor, plan: TensorPlan, levels: LevelPlan, energy: Tensor | None = None) -> QTensor:
     """A weight rounded to the nearest of the levels that its plan names, with the scales that suit them best.
 
-    Levels that are given: the scale of least squared error of each channel (exact for ternary and one-bit binary
-    ones). "nuq": the scales of signed 8 bits, and the integers that serve the weight's codes best, found exactly.
+    Levels that are given: the scale of least squared error of each channel, exact. "nuq": the scales of signed 8 bits,
+    and the integers that serve the weight's codes best, found exactly.
     "codebook": levels by exact clustering and scales by least squares, in turns, so that the squared error falls.
 
     Args:
@@ -48,7 +47,8 @@ def leveled_weight(weight: Tensor, plan: TensorPlan, levels: LevelPlan, energy: 
         scale, table = _learned(rows, mass, top / TOP, levels)
     else:
         table = torch.tensor(_given(levels), dtype=torch.int8)
-        scale = _scales(rows, table, top / int(table.max()), levels.kind)
+        best = [best_scale(row, table.numpy()) for row in rows.double().cpu().numpy()]
+        scale = torch.tensor(best, dtype=torch.float32, device=rows.device)
     scale = scale.clamp(min=MIN_SCALE)
     scale = scale if isinstance(plan.granularity, PerChannel) else scale[0]
     codes = on_levels(weight.detach().float() / aligned(scale, weight, plan.granularity), table, plan.granularity)
@@ -63,12 +63,6 @@ def _given(levels: LevelPlan) -> list[int]:
     if levels.kind == "apot":
         return apot_levels(bits)
     return ternary_levels() if levels.kind == "ternary" else binary_levels(bits)
-
-
-def _scales(rows: Tensor, table: Tensor, start: Tensor, kind: str) -> Tensor:
-    if kind == "ternary":
-        return torch.tensor([ternary_scale(row) for row in rows.double().cpu().numpy()], dtype=torch.float32).to(rows)
-    return best_scale(rows, table.to(rows.device), start)
 
 
 def _learned(rows: Tensor, mass: Tensor, scale: Tensor, levels: LevelPlan) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +34,12 @@ from calibquant.numerics.clipping import (
 )
 from calibquant.numerics.grid import Grid, PerTensor
 from calibquant.numerics.histogram import Histogram, finite_extremes
-from calibquant.numerics.levels import cluster, nearest_levels, unsigned_levels
+from calibquant.numerics.levels import best_scale, cluster, nearest_levels, unsigned_levels
 from calibquant.quantization.plan import LevelPlan, TensorPlan
 from calibquant.recipe import ActivationRecipe, WeightRecipe
 
 INT8 = Grid(8)
-SCALES = 200  # that are tried for given levels
+SHARES = np.arange(400, 601) / 500  # of the best scale, which are tried for levels behind codes of 8 bits
 _Same = TypeVar("_Same", bound="ActivationObserver")
 # Observers that fit a density to values, and must therefore see them before a ReLU has made half of them zeros.
 DENSITIES: dict[str, Density | Literal["auto"]] = {"aciq": "auto", "aciq-laplace": "laplace", "aciq-gauss": "gauss"}
@@ -214,7 +215,7 @@ class LevelObserver(HistogramObserver):
     """A histogram of all values, and the levels and the range of 8-bit codes that have the least squared error on it.
 
     "codebook": the range of least error for 8 bits, and the best levels among its codes: exact clustering of the bins.
-    Given levels: the best of SCALES scales up to the one at which the outermost level reaches the largest value.
+    Given levels: the scale that would be the best without codes of 8 bits before them, times the best of SHARES.
 
     Args:
         plan: the kind of levels and how many.
@@ -246,11 +247,11 @@ def _levels_of(histogram: Histogram, plan: LevelPlan) -> tuple[Tensor, Tensor, T
         return low, high, torch.tensor(found).to(torch.uint8)
     levels = torch.tensor(unsigned_levels(plan.kind, plan.bits, signed), dtype=torch.uint8)
     zero = 128 if signed else 0
-    reach = max(-histogram.minimum, histogram.maximum) / max(int(levels[-1]) - zero, 1)  # the scale that clips nothing
-    scales = reach * torch.arange(1, SCALES + 1).double() / SCALES
+    direct = best_scale(centers.numpy(), levels.double().numpy() - zero, counts.numpy())
+    scales = torch.from_numpy(direct * SHARES).clamp(min=MIN_SCALE)
     codes = (torch.round(centers / scales[:, None]) + zero).clamp(0, 255).long()
     rounded = (nearest_levels(levels)[codes].double() - zero) * scales[:, None]
-    best = scales[((rounded - centers) ** 2 * counts).sum(1).argmin()].clamp(min=MIN_SCALE).float()
+    best = scales[((rounded - centers) ** 2 * counts).sum(1).argmin()].float()
     return (-best * 127.5, best * 127.5, levels) if signed else (torch.zeros(()), best * 255, levels)
 
 

@@ -16,6 +16,7 @@ from calibquant.quantization.student import Student, distillation_loss
 from calibquant.recipe import FinetuneRecipe
 from calibquant.training.engine import Training, optimizer_of
 from calibquant.training.losses import Stream, classification_loss, mixed_batch
+from calibquant.training.source import Source
 
 
 class Distillation:
@@ -34,10 +35,25 @@ class Distillation:
         self.sizes = parallel.first(self.student.sizes(images)) if settings.features else [1.0]
 
     def __call__(self, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
+        return self._loss(self.network, images, labels, stream)
+
+    def measured(self, source: Source, count: int) -> float:
+        """The mean loss of the first batches, of at least `count` images or all, as the first epoch sees them."""
+        losses, seen = list[float](), 0
+        for k, (images, labels) in enumerate(source.epoch(0)):
+            with torch.no_grad():
+                images = images.contiguous(memory_format=torch.channels_last)
+                losses.append(float(self._loss(self.student, images, labels, (source.seed, 0, k))))
+            seen += source.batch_size
+            if seen >= count:
+                break
+        return parallel.total(sum(losses) / len(losses)) / parallel.world()
+
+    def _loss(self, network: nn.Module, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
         settings = self.settings
         images, share, partners = mixed_batch(images, settings.mixup, stream)
         with parallel.reduced_precision(images.device, settings.precision):
-            got = self.network(images)
+            got = network(images)
             wanted = self.student.wanted(images) if settings.distill else ()
         parts = []
         if settings.distill:

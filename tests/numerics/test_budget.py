@@ -62,6 +62,23 @@ def test_the_limit_holds_to_the_last_unit() -> None:
     assert choose(costs, uses, 2e9 + 499) == [0, 1]
 
 
+@pytest.mark.parametrize("unit", [1, 40, 499])
+@pytest.mark.parametrize("pairs", [0, 3])
+def test_small_differences_of_large_uses_decide(unit: int, pairs: int) -> None:
+    """Choices that differ by some units in 1e9, against all choices."""
+    random = np.random.default_rng(unit)
+    own = 1e9 + unit * random.integers(0, 9, (TENSORS, len(BITS))).astype(float)
+    products = tuple(Product(t, t + 1, 1e8 + unit * random.integers(0, 9, (4, 4)).astype(float)) for t in range(pairs))
+    uses, costs = Uses(own, products, fixed=3e9), random.uniform(size=(TENSORS, len(BITS)))
+    table = sorted((uses.of(c), sum(costs[t, i] for t, i in enumerate(c))) for c in everything())
+    for place in (0, 20, 400, 2000):
+        limit = table[place][0]
+        found = choose(costs, uses, limit)
+        assert uses.of(found) <= limit
+        best = min(cost for use, cost in table if use <= limit)
+        assert sum(costs[t, i] for t, i in enumerate(found)) == pytest.approx(best, rel=1e-9)
+
+
 def semidefinite(seed: int) -> Array:
     """Costs ½ |sum of error vectors|², whose sizes fall with the bits."""
     random = np.random.default_rng(seed)

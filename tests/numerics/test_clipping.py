@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from calibquant.numerics.affine import affine_from_range, fake_quantize
 from calibquant.numerics.clipping import (
     mse_range,
     mse_range_exhaustive,
+    mse_range_of,
     mse_shrink_range,
 )
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
+from calibquant.numerics.histogram import Histogram
 from calibquant.numerics.mse_bounds import group_levels
 from calibquant.numerics.rows import Rows, padded
 
@@ -194,6 +197,46 @@ def test_exhaustive_is_the_best_of_the_family(kind: str, bits: int, signed: bool
     assert error_of(x, low, high, grid, symmetric) <= min(scores) * (1 + 1e-5)
     near = min(abs(a - float(low)) + abs(b - float(high)) for a, b in family)
     assert near < 1e-5 * float(x.abs().max())
+
+
+HEAVY: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    "Laplace": lambda r: r.laplace(size=2000),
+    **{f"Student {d}": partial(lambda r, d: r.standard_t(d, 2000), d=d) for d in (2, 3, 5)},
+    "log-normal": lambda r: np.exp(1.5 * r.standard_normal(2000)) * r.choice([-1, 1], 2000),
+    "an outlier": lambda r: np.append(r.standard_normal(2000), 300.0),
+}
+
+
+def least_of_all(x: np.ndarray, grid: Grid, symmetric: bool, side: str) -> float:
+    """Brute force in float64: 600 widths up to that of the values, each with every zero point that its case allows."""
+    middle = grid.qmin + (1 << (grid.bits - 1))
+    zeros = [grid.qmin] if side == "pos" else [middle] if symmetric else list(range(grid.qmin, grid.qmax + 1))
+    width = np.abs(x).max() * (1 if side == "pos" else 2) if symmetric or side == "pos" else x.max() - x.min()
+    best = np.inf
+    for scale in width / grid.steps * np.geomspace(2e-3, 1, 600):
+        codes = np.rint(x / scale)
+        for zero in zeros:
+            shown = (np.clip(codes + zero, grid.qmin, grid.qmax) - zero) * scale
+            best = min(best, float(np.mean(np.abs(shown - x) ** 2.4)))
+    return best
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "side"),
+    [(2, False, "no"), (3, False, "no"), (2, True, "no"), (4, True, "no"), (8, True, "no"), (2, False, "pos"),
+     (4, False, "pos"), (8, False, "pos")],
+)  # fmt: skip
+def test_no_range_within_heavy_tailed_values_is_much_better(kind: str, bits: int, symmetric: bool, side: str) -> None:
+    x = HEAVY[kind](np.random.default_rng(0)).astype(np.float32)
+    x = np.abs(x) if side == "pos" else x
+    grid, values = Grid(bits, signed=symmetric), torch.from_numpy(x)
+    least = least_of_all(x.astype(np.float64), grid, symmetric, side)
+    for low, high in (
+        mse_range(values, grid, symmetric, PerTensor()),
+        mse_range_of(Histogram.empty().add(values), grid, symmetric),
+    ):
+        assert error_of(values, low, high, grid, symmetric) <= 1.03 * least
 
 
 def test_channels_share_the_side_but_not_the_range() -> None:

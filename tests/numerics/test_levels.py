@@ -20,7 +20,6 @@ from calibquant.numerics.levels import (
     nearest_codes,
     power_of_two_levels,
     ternary_levels,
-    ternary_scale,
 )
 
 # The sets of powers from which the APoT paper's released code takes one each, by bits of magnitude; zero is in all.
@@ -165,36 +164,71 @@ def test_gathering_keeps_mass_and_mean_and_hardly_changes_levels() -> None:
     assert rough == pytest.approx(exact, rel=1e-3)
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=8).filter(lambda v: max(map(abs, v)) > 1e-3))
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=8).filter(lambda v: max(map(abs, v)) > 1e-3))
 @settings(max_examples=60)
 def test_the_ternary_scale_is_the_best(values: list[float]) -> None:
     x = np.array(values)
-
-    def loss(scale: float) -> float:
-        return float(((x[:, None] - scale * np.array([-1, 0, 1])) ** 2).min(1).sum())
-
     sets = [np.abs(x)[list(c)] for k in range(1, len(x) + 1) for c in itertools.combinations(range(len(x)), k)]
-    least = min(loss(float(chosen.mean())) for chosen in sets)
-    assert loss(ternary_scale(x)) == pytest.approx(least, rel=1e-9, abs=1e-9)
+    least = min(loss(x, np.array([-1, 0, 1]), float(chosen.mean())) for chosen in sets if chosen.any())
+    assert loss(x, np.array([-1, 0, 1]), best_scale(x, [-1, 0, 1])) == pytest.approx(least, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("levels", [apot_levels(4), power_of_two_levels(4), ternary_levels(), binary_levels()], ids=str)
-def test_scales_are_near_the_best_of_a_fine_search(levels: list[int]) -> None:
-    x = (
-        torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([1e-3, 0.1, 1, 1, 10, 1e3])[:, None]
-    )
-    grid = torch.tensor(levels)
-    start = x.abs().amax(1) / max(levels)
-    found = best_scale(x, grid, start)
+def loss(x: np.ndarray, levels: np.ndarray, scale: float, weights: np.ndarray | float = 1.0) -> float:
+    """Squared error of the nearest levels, in float64."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return float((weights * (levels[np.searchsorted(middles, x / scale)] * scale - x) ** 2).sum())
 
-    def loss(scale: torch.Tensor) -> torch.Tensor:
-        return ((grid.float()[nearest_codes(x / scale[:, None], grid)] * scale[:, None] - x) ** 2).sum(1)
 
-    fine = torch.stack([loss(start * (i / 4000)) for i in range(1, 4001)]).amin(0)
-    assert (loss(found) <= fine * 1.01).all()
-    if levels == ternary_levels():
-        exact = torch.tensor([ternary_scale(row.double().numpy()) for row in x])
-        assert (loss(found) <= loss(exact.float()) * 1.01).all()
-    if levels == binary_levels():  # XNOR-Net, equation 6: the mean magnitude
-        assert torch.allclose(found, x.abs().mean(1), rtol=1e-5)
+SETS = {
+    **{f"apot {bits}": apot_levels(bits) for bits in range(2, 7)},
+    **{f"power-of-two {bits}": power_of_two_levels(bits) for bits in (2, 3, 4)},
+    **{f"binary {bits}": binary_levels(bits) for bits in range(1, 8)},
+    "ternary": ternary_levels(),
+    "apot 6, not negative": [level for level in apot_levels(6) if level >= 0],
+}
+DRAWS = {
+    "normal": lambda r, n: r.standard_normal(n) * 1e-3, "uniform": lambda r, n: r.uniform(-30, 30, n),
+    "Laplace": lambda r, n: r.laplace(size=n), "Student 2": lambda r, n: r.standard_t(2, n),
+    "log-normal": lambda r, n: np.exp(r.standard_normal(n)),
+    "an outlier": lambda r, n: np.append(r.standard_normal(n - 1), 50.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("name", SETS)
+def test_no_scale_of_a_dense_search_is_better(name: str, kind: str) -> None:
+    """1,500 scales over the whole useful interval: from 1/20 of the one that clips nothing to the last level's."""
+    levels, random = np.array(SETS[name], dtype=np.float64), np.random.default_rng(len(name))
+    for size in (1, 9, 100):
+        x = DRAWS[kind](random, size)
+        x = np.abs(x) if levels[0] == 0 else x
+        top = float(np.abs(x).max()) / levels[-1]
+        widest = levels[-1] / np.abs(levels)[levels != 0].min()
+        dense = min(loss(x, levels, top * share) for share in np.geomspace(0.05, 2 * widest, 1500))
+        assert loss(x, levels, best_scale(x, levels)) <= dense * (1 + 1e-9) + 1e-25
+
+
+def test_weights_count_as_repetitions() -> None:
+    random = np.random.default_rng(0)
+    x, many = random.standard_normal(40), random.integers(0, 5, 40)
+    once = best_scale(x, apot_levels(4), many.astype(np.float64))
+    assert once == pytest.approx(best_scale(np.repeat(x, many), apot_levels(4)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["apot 6", "power-of-two 4", "binary 3", "ternary"])
+def test_the_scale_of_many_values_is_as_good(name: str) -> None:
+    """100,000 different magnitudes are joined where they agree in 11 bits, also where one is far off."""
+    levels, x = np.array(SETS[name], dtype=np.float64), np.random.default_rng(1).standard_normal(100_000)
+    for values in (x, np.append(x, 300.0)):
+        top = float(np.abs(values).max()) / levels[-1]
+        dense = min(loss(values, levels, top * share) for share in np.geomspace(1e-3, 5, 300))
+        assert loss(values, levels, best_scale(values, levels)) <= dense * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("levels", [apot_levels(6), binary_levels()], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 3.4e38])
+def test_the_scale_of_equal_values(levels: list[int], value: float) -> None:
+    scale = best_scale(np.full(5, value), levels)
+    assert (scale == 0) == (value == 0)
+    if value:
+        assert loss(np.full(5, value), np.array(levels, dtype=float), scale) <= 5 * (1e-12 * value) ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,30 @@ from test_training_run import DIGITS, StopAt
 
 import calibquant
 from calibquant.cli import main
-from calibquant.data import TensorImages
+from calibquant.data import TensorImages, batches
 from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.pipeline import resume
 from calibquant.pipeline.deployed import evaluate_onnx
 from calibquant.pipeline.dry_run import PlannedTraining, planned_training
-from calibquant.pipeline.finetuning import harmed
+from calibquant.pipeline.finetuning import diverged, harmed
 from calibquant.recipe import load_recipe, make_recipe
 
 FILES = ("model.safetensors", "graph.json", "record.json", "record.txt", "manifest.csv", "deploy.onnx")
 SHORT = ["finetune.epochs=2", "finetune.batch_size=48", "finetune.lr=0.005", "finetune.holdout=0.1"]
+
+
+class Notes:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def step(self, number: int, total: int, title: str) -> None: ...
+
+    def progress(self, done: int, total: int, where: str = "") -> None: ...
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +144,54 @@ def test_what_is_clearly_worse_on_the_images_held_out_is_rolled_back(start: cali
     assert not tuned.metrics["finetune"]["kept"]
     assert tuned.metrics["finetune"]["held_out_after"] < tuned.metrics["finetune"]["held_out_before"]
     assert tuned.metrics["quantized"] == start.metrics["quantized"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [(1.0, 0.5, False), (1.0, 1.29, False), (1.0, 1.31, True), (1e-3, 6e-3, False), (1e-3, 0.06, True),
+     (1.0, float("nan"), True), (1.0, float("inf"), True), (0.0, 0.0, False)],
+)  # fmt: skip
+def test_a_training_diverges_if_its_own_loss_grows(before: float, after: float, expected: bool) -> None:
+    assert diverged(before, after) == expected
+    assert diverged(3 * before, 3 * after, 3.0) == expected
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [["finetune.lr=5.0"], ["finetune.lr=0.05"], ["finetune.lr=2.0", "finetune.ema=0.5"], ["finetune.scale_lr=0.5"],
+     ["finetune.lr=5.0", "finetune.labels=1", "finetune.distill=0", "finetune.mixup=0.2"]],
+    ids=str,
+)  # fmt: skip
+def test_a_training_that_diverges_is_rolled_back_although_one_image_is_held_out(
+    recipe: dict[str, Any], keys: list[str]
+) -> None:
+    """64 images, of which one is held out: no test of its decision could show anything."""
+    images = next(batches(calibquant.pipeline.preparing.open_set(make_recipe(recipe), "calibration"), 64))
+    network = calibquant.pipeline.preparing.build(make_recipe(recipe))
+    few, notes = TensorImages(images.images, images.labels.tolist()), Notes()
+    asked = ["quant.weights.bits=4", "quant.activations.bits=4", "finetune.epochs=4", "finetune.batch_size=16"]
+    given = {"threads": 1, "runs": recipe["runs"], "export": {"onnx": False}, "calibration": {"count": 64}}
+    kept = calibquant.quantize(make_recipe(given, [*asked, *keys]), network, few, few, reporter=notes)
+    alone = calibquant.quantize(make_recipe(given, asked[:2]), network, few, few)
+    assert kept.metrics["finetune"]["held_out_images"] == 1
+    assert not kept.metrics["finetune"]["kept"]
+    assert torch.equal(kept.model(images.images), alone.model(images.images))
+    told = [note for note in notes.told if "diverged" in note]
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"The training diverged: its loss rose from \S+ to \S+ on .* Use a lower finetune\.lr\.", told[0]
+    )
+
+
+def test_a_healthy_training_on_few_images_is_kept(recipe: dict[str, Any]) -> None:
+    images = next(batches(calibquant.pipeline.preparing.open_set(make_recipe(recipe), "calibration"), 64))
+    network = calibquant.pipeline.preparing.build(make_recipe(recipe))
+    for bits, mixup in ((2, 0), (8, 0), (8, 1)):
+        asked = [f"quant.weights.bits={bits}", f"quant.activations.bits={bits}", "finetune.epochs=4",
+                 "finetune.batch_size=16", f"finetune.mixup={mixup}"]  # fmt: skip
+        given = {"threads": 1, "runs": recipe["runs"], "export": {"onnx": False}, "calibration": {"count": 64}}
+        run = calibquant.quantize(make_recipe(given, asked), network, TensorImages(images.images))
+        assert run.metrics["finetune"]["kept"]
 
 
 def test_labels_are_not_needed(start: calibquant.Run, recipe: dict[str, Any]) -> None:

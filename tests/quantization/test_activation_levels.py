@@ -67,21 +67,27 @@ def test_a_value_becomes_the_nearest_level_of_its_code(kind: str, bits: int, sig
     assert np.allclose(quantizer(x).double().numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("draw", ["normal", "uniform", "Laplace", "an outlier"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(("kind", "bits"), [g for g in GRIDS if g[0] != "codebook"])
-def test_given_levels_have_the_best_scale(kind: str, bits: int, signed: bool) -> None:
-    """Against a fine search for the scale, on the values themselves and without a grid of 8 bits between."""
-    x = values_of(signed).double()
-    shape = np.array(unsigned_levels(kind, bits, signed), dtype=float) - (128 if signed else 0)
-    shape /= shape.max()
-    assert shape[0] == pytest.approx(-1 if signed else 0)
+def test_given_levels_have_the_best_scale(kind: str, bits: int, signed: bool, draw: str) -> None:
+    """Against a dense search with both roundings, up to 4 times the scale that clips nothing."""
+    random = np.random.default_rng(bits)
+    draws = {"normal": random.standard_normal, "uniform": lambda n: random.uniform(-3, 3, n), "Laplace": random.laplace,
+             "an outlier": lambda n: np.append(random.standard_normal(n - 1), 30.0)}  # fmt: skip
+    x = torch.from_numpy(draws[draw](size=2000) if draw == "Laplace" else draws[draw](2000)).float()
+    x = x if signed else x.abs()
+    levels, zero = torch.tensor(unsigned_levels(kind, bits, signed), dtype=torch.uint8), 128 if signed else 0
+    table = nearest_levels(levels).double()
 
-    def error(top: float) -> float:
-        return float((x[:, None] - torch.tensor(shape * top)).abs().amin(1).square().sum())
+    def error(scale: float) -> float:
+        codes = (torch.round(x.double() / scale) + zero).clamp(0, 255).long()
+        return float(((table[codes] - zero) * scale - x.double()).square().sum())
 
-    best = min(error(top) for top in np.linspace(0.05, 1.05, 800) * float(x.abs().max()))
-    found = float((quantizer_of(kind, bits, x.float())(x.float()) - x).square().sum())
-    assert found < (1.06 if bits == 5 else 1.02) * best  # the finest steps of 5 bits are two codes
+    top = float(x.abs().max()) / (int(levels[-1]) - zero)
+    best = min(error(top * share) for share in np.geomspace(0.02, 4, 600))
+    found = float((quantizer_of(kind, bits, x)(x) - x).double().square().sum())
+    assert found < 1.02 * best
 
 
 def test_a_codebook_is_the_best_of_all_subsets() -> None:

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor, nn
 
 from calibquant.data import TensorImages
@@ -232,4 +233,4 @@ def test_an_observer_is_suggested_only_if_clearly_better() -> None:
 def test_drawn_densities_integrate_to_one() -> None:
     fit, x = DensityFit(0.3, 0.7, 0.9, 0.1, 0.2), np.linspace(-20, 20, 400_001)
     for density in (laplace, gauss):
-        assert np.trapezoid(density(fit, x), x) == pytest.approx(1, abs=1e-6)
+        assert trapezoid(density(fit, x), x) == pytest.approx(1, abs=1e-6)

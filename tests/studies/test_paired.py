@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from calibquant.metrics import mcnemar
-from calibquant.studies.paired import Spread, over_images, over_seeds, spread
+from calibquant.studies.paired import Spread, holm, over_images, over_seeds, spread
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,71 @@ def test_over_images_equals_all_flips(seeds: int, seed: int) -> None:
     assert over_images(-differences) == pytest.approx(over_images(differences), abs=1e-12)
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (5, 5), (10, 2), (3, 30), (200, 150), (900, 100)])
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (5, 5), (10, 2), (3, 30), (200, 150), (900, 100),
+                                                (4000, 3500), (30_000, 31_000)])  # fmt: skip
 def test_over_images_of_one_seed_is_mcnemar(only_a: int, only_b: int) -> None:
     a = np.array([True] * only_a + [False] * only_b + [True] * 7)
     b = np.array([False] * only_a + [True] * only_b + [True] * 7)
-    assert over_images(a.astype(np.int64) - b) == pytest.approx(mcnemar(a, b), rel=1e-6, abs=1e-14)
+    assert over_images(a.astype(np.int64) - b) == pytest.approx(mcnemar(a, b), rel=1e-9)
+
+
+def of_counts(counts: dict[int, int]) -> np.ndarray:
+    """So many images of each difference."""
+    return np.repeat(list(counts), list(counts.values()))
+
+
+def exact(counts: dict[int, int]) -> float:
+    """The sign-flip test in whole numbers: the ways to reach each sum, by polynomials whose digits are Python's."""
+    total = sum(abs(d) * n for d, n in counts.items())
+    positive = sum(d * n for d, n in counts.items() if d > 0)
+    digit = sum(counts.values()) + 1  # bits that hold any number of ways
+    ways = 1
+    for size in {abs(d) for d in counts} - {0}:
+        images = sum(n for d, n in counts.items() if abs(d) == size)
+        ways *= sum(math.comb(images, k) << (digit * size * k) for k in range(images + 1))
+    tail = sum((ways >> (digit * k)) & ((1 << digit) - 1) for k in range(min(positive, total - positive) + 1))
+    images = sum(n for d, n in counts.items() if d)
+    return float(min(Fraction(1), Fraction(2 * tail, 2**images)))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {1: 300, -1: 200, 2: 90, -2: 40, 3: 20, -3: 5},
+        {1: 5, -1: 2, 2: 400, -2: 250, 0: 3000},
+        {-3: 150, 3: 20, -1: 60, 1: 40},
+        {5: 120},
+        {1: 40, -1: 40, 2: 7, -2: 7},
+    ],
+)
+def test_over_images_keeps_its_digits_in_the_tails(counts: dict[int, int]) -> None:
+    expected = exact(counts)
+    assert over_images(of_counts(counts)) == pytest.approx(expected, rel=1e-10)
+    assert over_images(-of_counts(counts)) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(1800, 1300), (2500, 900), (1900, 1850), (400, 3700)])
+def test_over_images_and_mcnemar_of_thousands_are_those_of_whole_numbers(won: int, lost: int) -> None:
+    n = won + lost
+    expected = float(Fraction(2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)), 2**n))
+    assert over_images(of_counts({1: won, -1: lost, 0: 50})) == pytest.approx(expected, rel=1e-10)
+    assert mcnemar([True] * won + [False] * lost, [False] * won + [True] * lost) == pytest.approx(expected, rel=1e-10)
+
+
+def test_over_images_of_tens_of_thousands() -> None:
+    """More differing images of several seeds than an FFT resolves; the normal tail gives the size of log p."""
+    counts = {1: 9000, -1: 8000, 2: 3000, -2: 2500, 3: 900, -3: 700}
+    mean, sd = sum(d * n for d, n in counts.items()), math.sqrt(sum(d * d * n for d, n in counts.items()))
+    p = over_images(of_counts(counts))
+    assert 0 < p < 1e-25
+    assert math.log(p) == pytest.approx(math.log(2) + scipy.stats.norm.logsf(mean / sd), rel=0.02)
+
+
+def test_holm_takes_the_largest_so_far_and_leaves_the_order() -> None:
+    p = [0.0, 1e-300, 0.5, 0.02, 0.5, 1.0]
+    assert holm(p) == pytest.approx([0.0, 5e-300, 1.0, 0.08, 1.0, 1.0])
+    assert holm([]) == []
+    assert holm([0.3]) == [0.3]
 
 
 def test_over_images_of_many_is_near_the_normal_approximation() -> None:
