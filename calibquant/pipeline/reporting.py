@@ -47,6 +47,12 @@ def note(reporter: Reporter, text: str) -> None:
     reporter.note(text)
 
 
+def warn(reporter: Reporter, text: object) -> None:
+    """What the user should know before the figures are trusted."""
+    log.warning("%s", text)
+    reporter.note(f"warning: {text}")
+
+
 @contextmanager
 def log_to(folder: RunFolder) -> Iterator[None]:
     """Keep what happens within the context in the run's log.txt."""

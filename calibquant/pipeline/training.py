@@ -20,10 +20,10 @@ from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, open_set
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note, warn
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
-from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
+from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, idle_fields, valid
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
 from calibquant.training import (
     Classification,
@@ -99,7 +99,7 @@ def train(
         >>> run.metrics["float"]["top1"]
         1.0
     """
-    recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+    recipe = valid(recipe)
     settings(recipe)
     with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING)) as folder:
         return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
@@ -242,6 +242,8 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         seconds[name], started = time.perf_counter() - started, time.perf_counter()
 
     with log_to(folder):
+        for field in idle_fields(recipe, "train"):
+            warn(reporter, field)
         begin(reporter, 1, STEPS, "Open the network and the images")
         job = open_training(recipe, live)
         if load_training(folder, job.training, job.images):

@@ -317,7 +317,7 @@ def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     if levels is not None:
         granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
         return TensorPlan(Grid(8, signed=True), True, granularity, role, levels=levels)
-    narrow = 8 if recipe.weights.grid == "nuq" else recipe.weights.bits
+    narrow = 8 if recipe.weights.grid == "nuq" else recipe.weights.code_bits
     bits = max(narrow, recipe.boundary_bits) if role == "boundary" else narrow
     symmetric = recipe.weights.symmetric or only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
