@@ -13,6 +13,7 @@ from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
 from calibquant.graph.ops import COMPUTE, Kind
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
 from calibquant.recipe import Bits, QuantRecipe
+from calibquant.recipe.section import checked
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,11 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     shared among channels of weights of convolutions and products, and of such activations, with the role "main".
 
     Raises:
+        RecipeError: the recipe was copied with a value that is not valid.
         QuantizationError: there is nothing to quantize, or `bits` names what is not quantized; or activations are asked
             for per channel, and the graph is not a captured one, whose shapes are known.
     """
+    recipe = checked(recipe)
     weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
     if not weighted:
         raise QuantizationError("network", "holds no convolution or linear to quantize", "check model.submodule")

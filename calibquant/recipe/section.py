@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from calibquant.errors import RecipeError
+
 Positive = Annotated[float, Field(gt=0)]
+_Own = TypeVar("_Own", bound="Section")
 
 
 class Section(BaseModel):
@@ -36,6 +39,23 @@ class Section(BaseModel):
 def conflict(field: str, problem: str, mend: str) -> PydanticCustomError:
     """What is wrong with two fields together; becomes a RecipeError at `field`."""
     return PydanticCustomError("conflict", "{problem}; {mend}", {"field": field, "problem": problem, "mend": mend})
+
+
+def checked(section: _Own) -> _Own:
+    """The section itself, if it is valid: a copy that was made with other values may not be.
+
+    Raises:
+        RecipeError: a field is not valid.
+    """
+    try:
+        type(section).model_validate(section)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise RecipeError(
+            f"{type(section).__name__}, {field}", problem["msg"], f"got {problem['input']!r:.60}"
+        ) from None
+    return section
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
