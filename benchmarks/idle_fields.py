@@ -29,8 +29,8 @@ from calibquant.recipe.idle import Command, value_at
 from calibquant.recipe.section import leaves
 
 COMMON = [
-    "data.kind=digits", "data.preprocess={mean: [0.4], std: [0.5]}", "calibration.count=72", "calibration.batch_size=36",
-    "evaluation.count=20", "export.onnx=false", "quant.weights.bits=2", "quant.activations.bits=3",
+    "data.kind=digits", "data.preprocess={mean: [0.4], std: [0.5]}", "calibration.count=72",
+    "calibration.batch_size=36", "evaluation.count=20", "export.onnx=false", "quant.weights.bits=2", "quant.activations.bits=3",
 ]  # fmt: skip
 LEARNED = ["reconstruct.iterations=6", "reconstruct.rounding_lr=0.3", "reconstruct.scale_lr=0.01",
            "reconstruct.never_worse=false", "reconstruct.regularizer=0.01"]  # fmt: skip
@@ -90,7 +90,7 @@ OTHER: dict[str, Any] = {
     "quant.weights.bits": 6, "quant.weights.grid": "ternary", "quant.weights.levels": 7,
     "quant.weights.codebook": "per_channel", "quant.weights.clustering": "second-order",
     "quant.weights.symmetric": "true", "quant.weights.granularity": "per_tensor",
-    "quant.weights.allocation": "optimal", "quant.weights.observer": "minmax", "quant.weights.percentile": 80,
+    "quant.weights.allocation": "optimal", "quant.weights.observer": "percentile", "quant.weights.percentile": 80,
     "quant.weights.correction": "mean-variance", "quant.weights.rounding": "gram",
     "quant.activations.bits": 5, "quant.activations.grid": "apot", "quant.activations.symmetric": "true",
     "quant.activations.granularity": "per_channel", "quant.activations.allocation": "banner",
@@ -125,7 +125,7 @@ OTHER: dict[str, Any] = {
     "finetune.labels": 2, "finetune.distill": 3, "finetune.temperature": 7, "finetune.features": 3,
     "finetune.batch_norm": "reestimated",
 }  # fmt: skip
-# What decides how fast a run is, where it runs or what else it leaves, and no figure of it; and what files are needed for.
+# What decides how fast a run is, where it runs or what else it leaves, and no figure of it; and what needs files.
 ELSEWHERE = {
     "version", "model.name", "model.submodule", "data.kind", "data.classes", "data.workers", "calibration.manifest",
     "calibration.batch_size", "quant.mixed.max_drop", "reconstruct.time", "reconstruct.cache_limit",

@@ -6,7 +6,7 @@ effect depends on another gets a row; tests/test_recipe_idle.py asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,12 +69,14 @@ def idle_fields(recipe: Recipe, command: Command = "quantize") -> list[Idle]:
     """
     rows = (*ADOPTED, *ROWS) if command == "finetune" else ROWS
     fields = [field for field in given(recipe) if field.partition(".")[0] in READS[command]]
-    found = ((field, next((row for row in rows if _of(row, field) and not row.acts(recipe)), None)) for field in fields)
+    found = ((field, _idle_row(field, recipe, rows)) for field in fields)
     return [Idle(field, _reason(row, recipe)) for field, row in found if row is not None]
 
 
-def _of(row: Row, field: str) -> bool:
-    return any(field == name or field.startswith(f"{name}.") for name in row.fields)
+def _idle_row(field: str, recipe: Recipe, rows: Sequence[Row]) -> Row | None:
+    """The first row that leaves a field without effect."""
+    own = (row for row in rows if any(field == name or field.startswith(f"{name}.") for name in row.fields))
+    return next((row for row in own if not row.acts(recipe)), None)
 
 
 def _reason(row: Row, recipe: Recipe) -> str:
@@ -172,8 +174,13 @@ def _has_signs_to_choose(recipe: Recipe) -> bool:
 
 
 def _has_wide_ends(recipe: Recipe) -> bool:
-    """Whether it matters what the boundary rule names: it has more bits than others, or is quantized in another way."""
+    """Whether it matters what the boundary rule names: it has more bits than others, or is quantized in another way.
+
+    The rule "none" always does what it says.
+    """
     quant = recipe.quant
+    if quant.boundary == "none":
+        return True
     special = quant.weights.grid != "uniform" or quant.activations.grid != "uniform" or quant.mixed is not None
     shared = quant.weights.allocation != "none" or quant.activations.allocation != "none"
     return special or shared or quant.boundary_bits > min(_narrow(recipe), quant.activations.bits)
@@ -204,9 +211,9 @@ def _learns_ranges(recipe: Recipe) -> bool:
 
 
 def _sets_more(recipe: Recipe) -> bool:
-    """Whether the preset sets a field that the user has not set."""
-    own = set(given(recipe))
-    return recipe.preset not in PRESETS or not own.issuperset(_names(PRESETS[recipe.preset]))
+    """Whether the preset sets a field that the user has not set and that has an effect."""
+    own, names = set(given(recipe)), _names(PRESETS.get(recipe.preset or "", {}))
+    return recipe.preset is None or any(name not in own and _idle_row(name, recipe, ROWS) is None for name in names)
 
 
 def _names(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -259,7 +266,7 @@ ADOPTED = (
 )  # fmt: skip
 
 ROWS = (
-    Row("", _sets_more, ("preset",), "the recipe itself sets all fields that the preset sets"),
+    Row("", _sets_more, ("preset",), "the recipe's own fields leave nothing of it"),
     Row("model.name", _is_not("model.name", None), ("model.options", "model.weights")),
     Row("data.kind", _is_not("data.kind", "digits"), ("data.root",)),
     Row("data.kind", _is_not("data.kind", "digits", "cifar10"), ("data.on_error", "data.preprocess.color",

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from calibquant.errors import RecipeError
 
 Positive = Annotated[float, Field(gt=0)]
+LARGEST = 2**63 - 1  # number that every library beneath takes
 _Own = TypeVar("_Own", bound="Section")
 
 
@@ -27,8 +28,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's true equals 1, but is no number: it is refused as a text would be."""
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's true equals 1, but is no number: it is refused as a text would be. So is what no int64 holds."""
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"input should be at most {LARGEST}")
         if isinstance(value, (list, tuple)):
             return [str(item) if isinstance(item, bool) else item for item in value]
         kinds = list(_parts(cls.model_fields[info.field_name or ""].annotation))
