@@ -25,12 +25,13 @@ from torch import nn
 from calibquant.errors import CalibQuantError
 from calibquant.pipeline import quantize, train
 from calibquant.recipe import Recipe, idle_fields, make_recipe
-from calibquant.recipe.idle import Command, value_at
+from calibquant.recipe.idle import READS, Command, value_at
 from calibquant.recipe.section import leaves
 
 COMMON = [
     "data.kind=digits", "data.preprocess={mean: [0.4], std: [0.5]}", "calibration.count=72",
-    "calibration.batch_size=36", "evaluation.count=20", "export.onnx=false", "quant.weights.bits=2", "quant.activations.bits=3",
+    "calibration.batch_size=36", "evaluation.count=20", "export.onnx=false", "quant.weights.bits=2",
+    "quant.activations.bits=3",
 ]  # fmt: skip
 LEARNED = ["reconstruct.iterations=6", "reconstruct.rounding_lr=0.3", "reconstruct.scale_lr=0.01",
            "reconstruct.never_worse=false", "reconstruct.regularizer=0.01"]  # fmt: skip
@@ -198,9 +199,11 @@ def recipe_of(base: str, field: str | None = None) -> Recipe:
 def fields_of(base: str) -> Iterator[str]:
     """The fields that can be changed under a base recipe."""
     plain = recipe_of(base)
+    read = {*READS["quantize" if plain.train is None else "train"], "seed"}
     for field in leaves(Recipe):
         section = next((name for name in SECTIONS if field.startswith(f"{name}.")), None)
-        if field not in ELSEWHERE and (section is None or value_at(plain, section) is not None):
+        reads = field.partition(".")[0] in read and field not in ELSEWHERE
+        if reads and (section is None or value_at(plain, section) is not None):
             yield field
 
 
