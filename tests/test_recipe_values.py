@@ -33,7 +33,7 @@ from calibquant.recipe import (
     valid,
 )
 from calibquant.recipe.idle import value_at
-from calibquant.recipe.section import Section, leaves, section_of
+from calibquant.recipe.section import Section, given, leaves, section_of
 from calibquant.reconstruction.phases import phases
 from calibquant.selection import STRATEGIES as PICKS
 from calibquant.studies.selection.planning import make_selection_study
@@ -98,7 +98,7 @@ def test_numbers_that_are_none_are_refused(field: str) -> None:
     listed = "[{0}, {0}]" if field in LISTS else "{0}"
     for value in (".nan", ".inf", "-.inf", "true", "word", "{a: 1}", f"{10**30}", "1e999"):
         assert "; got" in refused(field, listed.format(value))
-    if field != "data.preprocess.mean":
+    if not field.endswith("preprocess.mean"):
         assert refused(field, listed.format("-1"))
 
 
@@ -130,9 +130,9 @@ def test_null_takes_away_what_a_file_set(field: str, tmp_path: Path) -> None:
     for name in reversed(field.split(".")):
         tree = f"{{{name}: {tree}}}"
     path.write_text(tree)
-    assert load_recipe(path, [*there(field), f"{field}=null"]) == plain
-    given = load_recipe(path, [*there(field), f"{field}=null"]).model_dump_json(exclude_unset=True)
-    assert given == plain.model_dump_json(exclude_unset=True)
+    found = load_recipe(path, [*there(field), f"{field}=null"])
+    assert found == plain
+    assert list(given(found)) == list(given(plain))
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,18 @@ class Section(BaseModel):
     @classmethod
     def _number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's true equals 1, but is no number: it is refused as a text would be. So is what no int64 holds."""
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"input should be at most {LARGEST}")
         if isinstance(value, (list, tuple)):
-            return [str(item) if isinstance(item, bool) else item for item in value]
+            return [_plain(item) if isinstance(item, int) else item for item in value]
         kinds = list(_parts(cls.model_fields[info.field_name or ""].annotation))
         number = any(kind in (int, float) or type(kind) is int for kind in kinds)
-        return str(value) if isinstance(value, bool) and number else value
+        return _plain(value) if number and isinstance(value, int) else value
+
+
+def _plain(value: int) -> int | str:
+    """A number as it is, true and false as texts."""
+    if abs(value) > LARGEST:
+        raise ValueError(f"input should be at most {LARGEST}")
+    return str(value) if isinstance(value, bool) else value
 
 
 def conflict(field: str, problem: str, mend: str) -> PydanticCustomError:
@@ -78,14 +83,13 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def given(section: Section, prefix: str = "") -> Iterator[str]:
-    """The dotted names of the plain fields that the user has set, in the order of the sections."""
+    """The dotted names of the plain fields to which the user has given a value, in the order of the sections."""
     for name in type(section).model_fields:
-        if name in section.model_fields_set:
-            value = getattr(section, name)
-            if isinstance(value, Section):
-                yield from given(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name
+        value = getattr(section, name)
+        if name in section.model_fields_set and isinstance(value, Section):
+            yield from given(value, f"{prefix}{name}.")
+        elif name in section.model_fields_set and value is not None:
+            yield prefix + name
 
 
 def keep_given(section: Section, tree: Mapping[str, Any]) -> None:
