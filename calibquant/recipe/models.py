@@ -65,10 +65,10 @@ class Recipe(Section):
         if not isinstance(fields, dict):
             return handler(fields)
         fields, name = without_nulls(cls, fields), fields.get("preset")
-        if not isinstance(name, str):
+        if name is None:
             return handler(fields)
-        if name not in PRESETS:
-            raise conflict("preset", f"'{name}' is unknown", nearest(name, PRESETS))
+        if not isinstance(name, str) or name not in PRESETS:
+            raise conflict("preset", f"'{name}' is unknown", nearest(str(name), PRESETS))
         recipe = handler(merged(PRESETS[name], fields))
         keep_given(recipe, fields)
         return recipe
