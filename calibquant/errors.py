@@ -56,6 +56,16 @@ class ParallelError(CalibQuantError):
     """The processes of a job cannot work together."""
 
 
+def unknown(where: object, name: str, known: Iterable[str]) -> RecipeError:
+    """The error for a name that a function does not know; `where` is the recipe's field that holds it.
+
+    Example:
+        >>> print(unknown("quant.weights.observer", "mes", ["mse", "minmax"]))
+        quant.weights.observer: 'mes' is unknown; did you mean 'mse'?
+    """
+    return RecipeError(where, f"'{name}' is unknown", nearest(name, known))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the known word closest to `name`, or the known words when none is close.
 

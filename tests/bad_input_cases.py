@@ -208,7 +208,7 @@ RECIPES = [
     Case("count 0", f"{D} calibration.count=0", "calibration.count: .* greater than or equal to 1; got 0"),
     Case("negative seed", f"{D} seed=-1", "seed: input should be greater than or equal to 0; got -1"),
     Case("number for a section", f"{D} quant=4", "digits.yaml, quant: holds 4 in place of fields; give"),
-    Case("empty section", f"{D} data=null", "digits.yaml, data: holds None in place of fields; give"),
+    Case("section taken away", f"{D} data=null", "recipe, data.kind: this field is required; use cifar10, digits"),
     Case("unknown observer", f"{D} quant.weights.observer=max", "weights.observer: input should be 'minmax', .*'max'"),
     Case("unknown correction", f"{D} quant.bias_correction=emp",
          "quant.bias_correction: input should be 'none', .*'emp'"),

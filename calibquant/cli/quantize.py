@@ -68,8 +68,11 @@ def _show_plan(plan: DryRun, json: bool) -> None:
             "estimated_seconds": plan.seconds,
             "estimated_peak_bytes": plan.peak_bytes,
             "mixed_tensors": plan.mixed,
+            "warnings": [str(field) for field in plan.idle],
         })  # fmt: skip
         return
+    for field in plan.idle:
+        console.out.print(f"warning: {field}", style="dim")
     show_coverage(plan.model)
     if plan.mixed:
         console.out.print(f"The bits of {plan.mixed} tensors are not final: quant.mixed chooses them in the run.")

@@ -17,6 +17,7 @@ from calibquant.data.reading import is_folder
 from calibquant.data.shards import open_shards
 from calibquant.errors import DataError, nearest
 from calibquant.recipe import DataRecipe, Preprocess
+from calibquant.recipe.section import checked
 
 Split = Literal["calibration", "evaluation"]
 
@@ -37,6 +38,7 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
         split: which of the two sets.
 
     Raises:
+        RecipeError: the recipe was copied with a value that is not valid.
         DataError: files are missing or invalid, or the preprocessing does not fit the images.
 
     Example:
@@ -46,6 +48,7 @@ def open_images(recipe: DataRecipe, split: Split) -> ImageSet:
         >>> len(images), images.image(0).shape
         (597, torch.Size([1, 16, 16]))
     """
+    checked(recipe)
     chosen = recipe.calibration if split == "calibration" else recipe.evaluation
     own = recipe.calibration_preprocess if split == "calibration" else None
     settings = own or recipe.preprocess

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calibquant.errors import unknown
 from calibquant.numerics.grid import Granularity, PerChannel
 
 Floats = npt.NDArray[np.float64]
@@ -112,13 +113,17 @@ def unsigned_levels(kind: str, bits: int, signed: bool) -> list[int]:
         signed: whether there are negative values.
 
     Raises:
+        RecipeError: the kind is unknown.
         ValueError: there are no such levels of so many bits.
 
     Example:
         >>> unsigned_levels("apot", 2, signed=False), unsigned_levels("power-of-two", 3, signed=True)
         ([0, 63, 126, 252], [4, 66, 97, 128, 159, 190, 252])
     """
-    make = power_of_two_levels if kind == "power-of-two" else apot_levels
+    makers = {"power-of-two": power_of_two_levels, "apot": apot_levels}
+    if kind not in makers:
+        raise unknown("quant.activations.grid", kind, makers)
+    make = makers[kind]
     if signed:
         levels, zero = make(bits), TOP + 1
         return [zero + level * (TOP // max(levels)) for level in levels]

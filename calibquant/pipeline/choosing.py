@@ -12,10 +12,9 @@ from calibquant.data import ImageSet, Manifest, check_images, find_images, manif
 from calibquant.data.lists import read_rows
 from calibquant.data.manifest import COLUMNS
 from calibquant.errors import DataError
-from calibquant.pipeline.live import as_recipe
 from calibquant.pipeline.preparing import open_candidates
-from calibquant.pipeline.reporting import Reporter
-from calibquant.recipe import Recipe
+from calibquant.pipeline.reporting import Reporter, Silent, warn
+from calibquant.recipe import Recipe, changed, idle_fields, valid
 from calibquant.runfolder import write_atomic
 from calibquant.selection import Judgement, labelled_pool
 from calibquant.selection import judge as judge_pool
@@ -69,7 +68,10 @@ def select(
         >>> len(calibquant.select(recipe, net, images).rows)
         16
     """
-    _, candidates = open_candidates(as_recipe(recipe), network, calibration, reporter)
+    recipe = valid(recipe)
+    for field in idle_fields(recipe, "select"):
+        warn(reporter or Silent(), field)
+    _, candidates = open_candidates(recipe, network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
         write_atomic(Path(out), manifest_csv(manifest).encode())
@@ -104,10 +106,10 @@ def judge(
         >>> calibquant.judge(calibquant.Recipe(), dark, net, images).judgement.percentile
         0.0
     """
-    recipe = as_recipe(recipe)
-    settings = recipe.calibration
-    candidates = settings.model_copy(update={"pool": settings.pool or POOL, "count": 2, "manifest": None})
-    recipe = recipe.model_copy(update={"calibration": candidates})
+    recipe = valid(recipe)
+    size = recipe.calibration.pool or POOL
+    changes = {"calibration.pool": size, "calibration.count": 2, "calibration.manifest": None}
+    recipe = changed(recipe, changes)
     _, known = open_candidates(recipe, network, calibration, reporter)
     images, indices = _given(recipe, known.images, given)
     pool, scored = known.score(known.images, known.indices), known.score(images, indices)

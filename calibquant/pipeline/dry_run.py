@@ -12,13 +12,12 @@ from torch import nn
 
 from calibquant.data import ImageSet, batches
 from calibquant.parallel import resolve_device, set_threads
-from calibquant.pipeline.live import as_recipe
 from calibquant.pipeline.memory import peak_bytes
 from calibquant.pipeline.preparing import open_set, prepare
 from calibquant.pipeline.stages import learns, rounds
 from calibquant.quantization import QuantModel, make_plan
 from calibquant.quantization.sensitivity import free_tensors
-from calibquant.recipe import Recipe
+from calibquant.recipe import Idle, Recipe, idle_fields, valid
 from calibquant.reconstruction.phases import phases
 from calibquant.training import hold_out, steps_of
 from calibquant.training.source import steps_per_epoch
@@ -37,6 +36,7 @@ class DryRun:
         seconds: estimated time, from one timed batch.
         peak_bytes: estimated peak memory, see `pipeline.memory`.
         mixed: how many tensors will get other bits than planned, by `quant.mixed`.
+        idle: fields that the recipe sets without effect.
     """
 
     model: QuantModel
@@ -44,6 +44,7 @@ class DryRun:
     seconds: float
     peak_bytes: int
     mixed: int = 0
+    idle: tuple[Idle, ...] = ()
 
 
 def dry_run(
@@ -60,7 +61,7 @@ def dry_run(
     Raises:
         CalibQuantError: as `quantize`.
     """
-    recipe = as_recipe(recipe)
+    recipe = valid(recipe)
     set_threads(recipe.threads)
     device = resolve_device(recipe.device)
     prepared = prepare(recipe, network, calibration, evaluation)
@@ -92,7 +93,7 @@ def dry_run(
         free = len(free_tensors(model.plan, mixed.tensors == "both"))
         passes = 3 if mixed.sensitivity in ("gradient", "fisher") else free * len(mixed.choices)
         seconds += per_image * mixed.images * passes
-    return DryRun(model, len(prepared.images), seconds, memory, free)
+    return DryRun(model, len(prepared.images), seconds, memory, free, tuple(idle_fields(recipe)))
 
 
 @dataclass(frozen=True)

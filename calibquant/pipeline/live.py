@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from calibquant.data import ImageSet, check_images
-from calibquant.errors import ModelError, RecipeError, RunFolderError
+from calibquant.errors import ModelError, RunFolderError
 from calibquant.networks import bare, check_network
-from calibquant.recipe import Recipe, make_recipe
+from calibquant.recipe import Recipe
 
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
-
-
-def as_recipe(recipe: Recipe | dict[str, Any]) -> Recipe:
-    """A recipe, or one of its fields as a nested dictionary.
-
-    Raises:
-        RecipeError: it is something else, or a field is unknown or invalid.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return make_recipe(dict(recipe))
-    mend = "pass a calibquant.Recipe or its fields as a dictionary"
-    if isinstance(recipe, (str, Path)):
-        mend = f"pass calibquant.load_recipe({str(recipe)!r})"
-    raise RecipeError("recipe", f"is of type {type(recipe).__name__}, not a recipe", mend)
 
 
 def as_path(path: Path | str, where: str) -> Path:

@@ -125,7 +125,8 @@ def measure_trade(recipe: Recipe, prepared: Prepared, device: torch.device, repo
         costs = second_order(models, names, images, mount, recipe.seed, settings.sensitivity == "fisher")
     else:
         measured = one_at_a_time(models, names, images, mount, partial(_tell, reporter, count))
-        costs = {"loss": measured.loss, "agreement": measured.disagreement}.get(settings.sensitivity, measured.logits)
+        harms = {"loss": measured.loss, "agreement": measured.disagreement, "logits": measured.logits}
+        costs = {**harms, "interactions": measured.logits}[settings.sensitivity]
         interactions = measured.interactions if settings.sensitivity == "interactions" else None
     return Trade(settings, models, names, budget_of(settings.budget, models, names, counts), costs, interactions)
 

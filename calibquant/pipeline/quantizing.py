@@ -11,6 +11,7 @@ from torch import nn
 
 from calibquant import parallel
 from calibquant.data import ImageSet, manifest_csv
+from calibquant.errors import RecipeError
 from calibquant.evaluation import Evaluation
 from calibquant.parallel import set_threads
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -25,9 +26,9 @@ from calibquant.pipeline.finetuning import (
     measure_before,
 )
 from calibquant.pipeline.folders import run_folder
-from calibquant.pipeline.live import Live, as_path, as_recipe, checked_live
+from calibquant.pipeline.live import Live, as_path, checked_live
 from calibquant.pipeline.measuring import run_recipe
-from calibquant.pipeline.reporting import Reporter, Silent, log_to, note
+from calibquant.pipeline.reporting import Reporter, Silent, log_to, note, warn
 from calibquant.pipeline.stages import (
     Steps,
     calibrate,
@@ -44,7 +45,9 @@ from calibquant.pipeline.stages import (
 from calibquant.pipeline.training import check_shares
 from calibquant.pipeline.writing import run_metrics, run_stem, write_run
 from calibquant.quantization import QuantModel
-from calibquant.recipe import Recipe
+from calibquant.recipe import Recipe, changed, idle_fields, valid
+from calibquant.recipe.idle import value_at
+from calibquant.recipe.section import leaves
 from calibquant.runfolder import CHECKPOINT, RunFolder, final_path, interrupted_run, new_run, open_run
 from calibquant.zoo import regularizer_of
 
@@ -95,7 +98,7 @@ def quantize(
         >>> run.metrics["setting"]
         'W4A4'
     """
-    recipe, live = with_network_defaults(as_recipe(recipe)), checked_live(network, calibration, evaluation)
+    recipe, live = with_network_defaults(valid(recipe)), checked_live(network, calibration, evaluation)
     with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], recipe.setting.lower()))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, live, reporter or Silent())
@@ -136,18 +139,26 @@ def finetune(
     recipe = run_recipe(done, overrides)
     if recipe.finetune is None:
         recipe = run_recipe(done, ["finetune={}", *(overrides or [])])
+    _check_adopted(recipe, run_recipe(done), start)
     with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], f"{recipe.setting.lower()}-qat"))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         adopt_plan(folder, start)
         return _run(folder, recipe, live, reporter or Silent(), start)
 
 
+def _check_adopted(recipe: Recipe, own: Recipe, start: Path) -> None:
+    """Check that a run which is trained further keeps its plan: its codes are stored in these bits and grids."""
+    for field in leaves(type(recipe.quant), "quant."):
+        if value_at(recipe, field) != value_at(own, field):
+            problem = f"is {value_at(own, field)} in {start}, and a run that is trained further keeps it"
+            raise RecipeError(f"override, {field}", problem, "leave the override out, or quantize again with it")
+
+
 def with_network_defaults(recipe: Recipe) -> Recipe:
     """The recipe with the regularizer's weight that its network is known to need, where it says none."""
     if recipe.reconstruct.regularizer is not None:
         return recipe
-    own = recipe.reconstruct.model_copy(update={"regularizer": regularizer_of(recipe.model.name)})
-    return recipe.model_copy(update={"reconstruct": own})
+    return changed(recipe, {"reconstruct.regularizer": regularizer_of(recipe.model.name)})
 
 
 def resume(
@@ -183,7 +194,10 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
     if recipe.finetune is not None:
         check_shares(recipe.finetune, "finetune")
+    idle = [str(field) for field in idle_fields(recipe, "quantize" if own else "finetune")]
     with log_to(folder):
+        for text in idle:
+            warn(reporter, text)
         job = open_job(recipe, live, steps, folder, plan)
         check_learnable(job, live)
         manifest = manifest_csv(job.prepared.manifest)
@@ -223,7 +237,11 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
             metrics |= {"deployed": deployed.scores, "parity": deployed.parity}
-            metrics |= job.facts | ({} if started_from is None else {"started_from": started_from})
+            metrics |= (
+                job.facts
+                | ({"warnings": idle} if idle else {})
+                | ({} if started_from is None else {"started_from": started_from})
+            )
             machine = {"threads": threads, "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, deployed.files, machine)
             folder.remove("checkpoint*")

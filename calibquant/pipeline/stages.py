@@ -215,7 +215,7 @@ def _mixture(
 def calibrate(job: Job) -> Progress:
     """Round weights to nearest, find activation ranges, and measure how the error grows."""
     recipe, model, steps = job.recipe, job.model, job.steps
-    width = "their" if recipe.quant.mixed else recipe.quant.weights.bits
+    width = "their" if recipe.quant.mixed else recipe.quant.weights.code_bits
     with steps.begin("weights", f"Round weights to {width} bits"):
         energies = weight_energies(model, recipe.quant, range_batches(job, Silent()), job.mount)
         calibrate_weights(model, recipe.quant, steps.reporter.progress, energies)

@@ -18,13 +18,13 @@ from calibquant.networks import check_values, output_words, owned_copy, short
 from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
-from calibquant.pipeline.live import Live, as_path, as_recipe, check_weights_file, checked_live
+from calibquant.pipeline.live import Live, as_path, check_weights_file, checked_live
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, measured, open_set
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note, warn
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
-from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe
+from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, idle_fields, valid
 from calibquant.runfolder import CHECKPOINT, TRAINED, TRAINING, RunFolder, final_path, interrupted_run, new_run, sha256
 from calibquant.training import (
     Classification,
@@ -99,7 +99,7 @@ def train(
         >>> run.metrics["float"]["top1"]
         1.0
     """
-    recipe, live = as_recipe(recipe), checked_live(network, images, evaluation)
+    recipe, live = valid(recipe), checked_live(network, images, evaluation)
     settings(recipe)
     with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], "train"), TRAINING)) as folder:
         return _run(folder, recipe, live, reporter or Silent())
@@ -254,6 +254,8 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         seconds[name], started = time.perf_counter() - started, time.perf_counter()
 
     with log_to(folder):
+        for field in idle_fields(recipe, "train"):
+            warn(reporter, field)
         begin(reporter, 1, STEPS, "Open the network and the images")
         job = open_training(recipe, live)
         if load_training(folder, job.training, job.images):

@@ -6,11 +6,13 @@ A weight's errors are measured on its values, an activation's on a histogram of 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibquant.errors import unknown
 from calibquant.graph.limits import UNLIMITED, Limits
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize, quantize
 from calibquant.numerics.allocation import MOST, banner, optimal
@@ -18,7 +20,7 @@ from calibquant.numerics.grid import Grid, PerChannel, PerTensor, widest
 from calibquant.numerics.histogram import Histogram
 from calibquant.quantization.observers import weight_range
 from calibquant.quantization.plan import TensorPlan, only_symmetric
-from calibquant.recipe import WeightRecipe
+from calibquant.recipe import Allocation, WeightRecipe
 
 
 def allocate_weight(weight: Tensor, recipe: WeightRecipe, plan: TensorPlan, placement: str) -> QTensor:
@@ -37,6 +39,8 @@ def allocate_weight(weight: Tensor, recipe: WeightRecipe, plan: TensorPlan, plac
     rows = _rows(weight, axis)
     if plan.allocation == "banner":
         bits = banner(rows.std(axis=1), plan.grid.bits)
+    elif plan.allocation != "optimal":
+        raise unknown("quant.weights.allocation", plan.allocation, get_args(Allocation))
     else:
         errors = np.empty((len(rows), MOST + 1))
         for b in range(MOST + 1):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibquant.errors import QuantizationError
+from calibquant.errors import QuantizationError, unknown
 from calibquant.graph.limits import UNLIMITED, Limits
 from calibquant.numerics.allocation import MOST, banner, optimal
 from calibquant.numerics.grid import Grid, PerTensor
@@ -17,7 +18,7 @@ from calibquant.quantization.allocation import error_of, spread_of
 from calibquant.quantization.observers import ActivationObserver, HistogramObserver, make_observer
 from calibquant.quantization.plan import TensorPlan
 from calibquant.quantization.quantizers import activation_affine
-from calibquant.recipe import ActivationRecipe
+from calibquant.recipe import ActivationRecipe, Allocation
 
 
 class ChannelObserver(ActivationObserver):
@@ -66,6 +67,8 @@ class ChannelObserver(ActivationObserver):
         self._require()
         if self.plan.allocation == "banner":
             bits = banner(np.array([spread_of(channel.histogram) for channel in self.channels]), self.plan.grid.bits)
+        elif self.plan.allocation != "optimal":
+            raise unknown("quant.activations.allocation", self.plan.allocation, get_args(Allocation))
         else:
             errors = np.array([self._errors(channel) for channel in self.channels])
             bits = optimal(errors, len(self.channels) * self.plan.grid.bits)

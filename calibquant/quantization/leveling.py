@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibquant.errors import unknown
 from calibquant.numerics.affine import MIN_SCALE, QTensor, aligned
 from calibquant.numerics.grid import Grid, PerChannel
 from calibquant.numerics.levels import (
@@ -21,6 +24,7 @@ from calibquant.numerics.levels import (
 )
 from calibquant.numerics.rows import as_matrix
 from calibquant.quantization.plan import LevelPlan, TensorPlan
+from calibquant.recipe import GridKind
 
 ROUNDS = 4  # of new scales and new levels in turn
 INT8 = Grid(8, signed=True)
@@ -62,7 +66,11 @@ def _given(levels: LevelPlan) -> list[int]:
         return power_of_two_levels(bits)
     if levels.kind == "apot":
         return apot_levels(bits)
-    return ternary_levels() if levels.kind == "ternary" else binary_levels(bits)
+    if levels.kind == "ternary":
+        return ternary_levels()
+    if levels.kind == "binary":
+        return binary_levels(bits)
+    raise unknown("quant.weights.grid", levels.kind, get_args(GridKind))
 
 
 def _learned(rows: Tensor, mass: Tensor, scale: Tensor, levels: LevelPlan) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from calibquant.errors import unknown
 from calibquant.graph.nodes import activations_of, weight_of
 from calibquant.numerics.budget import Array, Product, Uses, choose, improve
 from calibquant.numerics.packing import packed_bytes
@@ -55,6 +56,8 @@ def budget_of(kind: str, models: Models, names: Sequence[str], macs: Mapping[str
     if kind == "average_bits":
         own = np.array([[sizes[n] * b for b in _bits_of(models, n)] for n in names], dtype=np.float64)
         return Budget(kind, Uses(own), float(sum(sizes[name] for name in names)))
+    if kind != "weight_bytes":
+        raise unknown("quant.mixed.budget", kind, ("average_bits", "weight_bytes", "bops"))
     own = np.array([[packed_bytes(sizes[n], b) for b in _bits_of(models, n)] for n in names], dtype=np.float64)
     others = {name: plan.grid.bits for name, plan in first.plan.weights.items() if name not in names}
     return Budget(kind, Uses(own, fixed=float(sum(packed_bytes(sizes[n], b) for n, b in others.items()))), 1.0)

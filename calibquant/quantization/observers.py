@@ -10,13 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibquant.errors import QuantizationError
+from calibquant.errors import QuantizationError, unknown
 from calibquant.graph.limits import UNLIMITED, Limits
 from calibquant.numerics.aciq import Density, aciq_range_of
 from calibquant.numerics.affine import MIN_SCALE, affine_from_range, quantize
@@ -36,7 +36,7 @@ from calibquant.numerics.grid import Grid, PerTensor
 from calibquant.numerics.histogram import Histogram, finite_extremes
 from calibquant.numerics.levels import best_scale, cluster, nearest_levels, unsigned_levels
 from calibquant.quantization.plan import LevelPlan, TensorPlan
-from calibquant.recipe import ActivationRecipe, WeightRecipe
+from calibquant.recipe import ActivationRecipe, Observer, WeightRecipe
 
 INT8 = Grid(8)
 SHARES = np.arange(400, 601) / 500  # of the best scale, which are tried for levels behind codes of 8 bits
@@ -105,7 +105,10 @@ def make_observer(recipe: ActivationRecipe, plan: TensorPlan, limits: Limits = U
         return HistogramObserver(partial(hfmg_range_of, grid=grid))
     if name in DENSITIES:
         return HistogramObserver(partial(aciq_range_of, grid=grid, density=DENSITIES[name], limits=limits))
-    search = ifmr_range_of if name == "ifmr" else mse_range_of
+    searches = {"ifmr": ifmr_range_of, "mse": mse_range_of}
+    if name not in searches:
+        raise unknown("quant.activations.observer", name, get_args(Observer))
+    search = searches[name]
     return HistogramObserver(partial(_search_as_used, search=search, grid=grid, symmetric=symmetric))
 
 
@@ -128,7 +131,10 @@ def weight_range(w: Tensor, recipe: WeightRecipe, plan: TensorPlan) -> tuple[Ten
         return arq_range(w, plan.grid, plan.symmetric, plan.granularity)
     if recipe.observer == "mse-shrink":
         return mse_shrink_range(w, plan.grid, plan.symmetric, plan.granularity)
-    return mse_range(w, plan.grid, plan.symmetric, plan.granularity)
+    if recipe.observer == "mse":
+        return mse_range(w, plan.grid, plan.symmetric, plan.granularity)
+    known = get_args(WeightRecipe.model_fields["observer"].annotation)
+    raise unknown("quant.weights.observer", recipe.observer, known)
 
 
 def _search_as_used(

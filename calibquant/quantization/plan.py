@@ -14,6 +14,7 @@ from calibquant.graph.ops import COMPUTE, Kind
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
 from calibquant.numerics.reach import adds_pairs, grid_within, reach_of
 from calibquant.recipe import Bits, QuantRecipe
+from calibquant.recipe.section import checked
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,11 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     shared among channels of weights of convolutions and products, and of such activations, with the role "main".
 
     Raises:
+        RecipeError: the recipe was copied with a value that is not valid.
         QuantizationError: there is nothing to quantize, or `bits` names what is not quantized; or activations are asked
             for per channel, and the graph is not a captured one, whose shapes are known.
     """
+    recipe = checked(recipe)
     weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
     if not weighted:
         raise QuantizationError("network", "holds no convolution or linear to quantize", "check model.submodule")
@@ -339,7 +342,7 @@ def _weight_plan(node: fx.Node, recipe: QuantRecipe, role: str) -> TensorPlan:
     if levels is not None:
         granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()
         return TensorPlan(Grid(8, signed=True), True, granularity, role, levels=levels)
-    narrow = 8 if recipe.weights.grid == "nuq" else recipe.weights.bits
+    narrow = 8 if recipe.weights.grid == "nuq" else recipe.weights.code_bits
     bits = max(narrow, recipe.boundary_bits) if role == "boundary" else narrow
     symmetric = recipe.weights.symmetric or only_symmetric(recipe.placement, bits)
     granularity = PerChannel(op.weight_axis) if recipe.weights.granularity == "per_channel" else PerTensor()

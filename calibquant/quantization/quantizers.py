@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from calibquant.errors import QuantizationError
+from calibquant.errors import QuantizationError, unknown
 from calibquant.numerics.affine import QTensor, affine_from_range, fake_quantize
 from calibquant.numerics.grid import Grid, PerChannel
 from calibquant.numerics.levels import nearest_levels
@@ -83,6 +83,8 @@ class WeightQuantizer(nn.Module):
         if kind == "lsq":
             self.rounding = latent = LatentWeight(weight, start, relative)
             return latent
+        if kind != "arq":
+            raise unknown("finetune.weights", kind, ("lsq", "arq"))
         if start.levels is not None or start.channel_bits is not None:
             problem = "has levels of its own, or channels of different bits, which arq does not know"
             raise QuantizationError(self.name, problem, "set finetune.weights=lsq")
@@ -224,6 +226,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             QuantizationError: there is a range for each channel, or there are levels.
         """
+        if kind not in ("pact", "ulq"):
+            raise unknown("finetune.activations", kind, ("pact", "ulq"))
         self._refuse_levels(f"finetune.activations={kind}")
         self.ends = LearnedEnds(*self._only_range(), self.plan, kind, relative)
         return self.ends.parameters_learned()

@@ -8,11 +8,21 @@ overrides over both.
 - `images`, `quant`, `learning`: the sections and their defaults
 - `models`: the recipe made of them
 - `presets`: fields by the names of methods
-- `loading`: from files and dictionaries, with errors of one line
+- `loading`: from files, dictionaries and other recipes, with errors of one line
+- `idle`: which fields have no effect beside the others
 - `shipped`, `catalog`: the recipes that come with the package, by name
 """
 
-from calibquant.recipe.images import AugmentRecipe, CalibrationRecipe, DataRecipe, ModelRecipe, Preprocess
+from calibquant.recipe.idle import Idle, idle_fields
+from calibquant.recipe.images import (
+    STRATEGIES,
+    AugmentRecipe,
+    CalibrationRecipe,
+    DataRecipe,
+    ModelRecipe,
+    Preprocess,
+    parse_strategy,
+)
 from calibquant.recipe.learning import (
     REGULARIZER,
     FinetuneRecipe,
@@ -21,7 +31,7 @@ from calibquant.recipe.learning import (
     Sampling,
     TrainRecipe,
 )
-from calibquant.recipe.loading import load_recipe, make_recipe
+from calibquant.recipe.loading import changed, load_recipe, make_recipe, valid
 from calibquant.recipe.models import EvaluationRecipe, ExportRecipe, Recipe
 from calibquant.recipe.presets import PRESETS
 from calibquant.recipe.quant import (
@@ -40,8 +50,9 @@ from calibquant.recipe.quant import (
 )
 
 __all__ = [
-    "PRESETS", "REGULARIZER", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
+    "PRESETS", "REGULARIZER", "STRATEGIES", "ActivationRecipe", "Allocation", "AugmentRecipe", "Bits", "Boundary",
     "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "FinetuneRecipe", "Granularity", "GridKind",
-    "MixedRecipe", "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe",
-    "ReconstructRecipe", "Sampling", "TrainRecipe", "WeightRecipe", "has_bits", "load_recipe", "make_recipe",
+    "Idle", "MixedRecipe", "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe",
+    "Recipe", "ReconstructRecipe", "Sampling", "TrainRecipe", "WeightRecipe", "changed", "has_bits", "idle_fields",
+    "load_recipe", "make_recipe", "parse_strategy", "valid",
 ]  # fmt: skip

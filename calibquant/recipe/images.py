@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from calibquant.errors import DataError, nearest
 from calibquant.recipe.section import Positive, Section, conflict
 
+MOST_WORKERS = 1024
+STRATEGIES = (
+    "random", "first", "class-balanced", "captq", "captq-variance", "captq-entropy", "captq-flatness", "rough", "hard",
+    "easy", "k-center", "facility", "herding", "moments", "moments-weighted", "tail", "best-of-random",
+)  # fmt: skip
 Pixels = Annotated[int, Field(ge=1)]
 
 
@@ -34,7 +41,7 @@ class Preprocess(Section):
     color: Literal["convert", "strict"] = Field(
         default="convert", description="grey and CMYK files: converted to RGB, or an error"
     )
-    mean: tuple[FiniteFloat, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
 
 
@@ -82,7 +89,9 @@ class DataRecipe(Section):
         default=None, description="random changes of the images that train; see also calibration.augment"
     )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
-    workers: int = Field(default=0, ge=0, description="processes that decode; 0: threads of the run itself")
+    workers: int = Field(
+        default=0, ge=0, le=MOST_WORKERS, description="processes that decode; 0: threads of the run itself"
+    )
 
 
 class CalibrationRecipe(Section):
@@ -103,3 +112,38 @@ class CalibrationRecipe(Section):
     )
     batch_size: int = Field(default=64, ge=1, description="images in one forward pass while observing")
     augment: bool = Field(default=False, description="change each calibration image once, as data.augment says")
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            parse_strategy(value)
+        except DataError as error:
+            raise conflict(error.where, error.problem, error.mend) from None
+        return value
+
+
+def parse_strategy(text: str) -> list[tuple[str, float]]:
+    """Names of strategies and their shares: "herding=0.75,tail=0.25"; a name alone has the share 1.
+
+    Raises:
+        DataError: a name is unknown, or a share is no positive number.
+
+    Example:
+        >>> parse_strategy("herding=0.75,tail=0.25")
+        [('herding', 0.75), ('tail', 0.25)]
+    """
+    parts = []
+    for part in text.split(","):
+        name, _, share = (piece.strip() for piece in part.partition("="))
+        if name not in STRATEGIES:
+            raise DataError("calibration.strategy", f"there is no strategy '{name}'", nearest(name, STRATEGIES))
+        try:
+            number = float(share or 1)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            problem = f"'{share}' is no share of {name}"
+            raise DataError("calibration.strategy", problem, "write such as herding=0.75,tail=0.25")
+        parts.append((name, number))
+    return parts

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from calibquant.recipe.section import Positive, Section, conflict
 
 REGULARIZER = 0.01  # weight of the rounding regularizer for networks of which no other is published
-Seconds = Annotated[float, BeforeValidator(lambda value: _seconds(value)), Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(lambda value: _seconds(value)), Field(gt=0)]
 Sampling = Literal["without_replacement", "with_replacement", "within_batch"]
 
 
@@ -59,7 +59,7 @@ class ReconstructRecipe(Section):
         description="weight of the rounding regularizer, a sum over weights; none: the network's own",
     )
     warm_up: float = Field(default=0.2, ge=0, lt=1, description="share of the steps before the regularizer sets in")
-    beta: tuple[float, float] = Field(default=(20.0, 2.0), description="the regularizer's exponent, from and to")
+    beta: tuple[Positive, Positive] = Field(default=(20.0, 2.0), description="the regularizer's exponent, from and to")
     scale_lr: float = Field(default=4e-5, gt=0, description="of the activation scales; falls to 0 by a cosine")
     relative_scales: bool = Field(default=False, description="scale_lr counts in shares of each scale")
     weight_scale_lr: float = Field(
@@ -114,7 +114,6 @@ class TrainRecipe(Section):
     weight_decay: float = Field(
         default=5e-4,
         ge=0,
-        allow_inf_nan=False,
         description="of convolutions and linear layers, not of norms and biases",
     )
     schedule: Literal["cosine", "one-cycle"] = Field(
@@ -126,7 +125,7 @@ class TrainRecipe(Section):
         default=None, ge=0, description="epochs of the rise; none: 5 % of all epochs, 30 % under one-cycle"
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="alpha of the mixing share; 0 mixes not")
+    mixup: float = Field(default=0.0, ge=0, description="alpha of the mixing share; 0 mixes not")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of an average of the weights, which is kept then")
     clip: Positive | None = Field(default=None, description="largest norm of the gradient")
     precision: Literal["float32", "bfloat16", "auto"] = Field(
@@ -162,7 +161,7 @@ class FinetuneRecipe(TrainRecipe):
         default=5e-3,
         description="of weights and biases, the schedule's peak; adamw: in steps of the grid and standard deviations",
     )
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="of weights")
+    weight_decay: float = Field(default=0.0, ge=0, description="of weights")
     precision: Literal["float32", "bfloat16", "auto"] = Field(default="auto", description="as in reconstruct")
     holdout: float = Field(
         default=0.02, ge=0, le=0.5, description="share of the training images that tell whether the start was better"

@@ -2,22 +2,26 @@
 
 What stands further down wins: the defaults; the preset; the included files in their order; the file's own fields; the
 overrides. There is one preset: the one named furthest down.
+
+null takes a field's value away: the field is null where it can be, and else has the preset's value or its default. {}
+empties a mapping such as model.options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
 from calibquant.recipe.models import Recipe
-from calibquant.recipe.presets import PRESETS, merged
-from calibquant.recipe.section import Section
+from calibquant.recipe.presets import merged
+from calibquant.recipe.section import Section, given, keep_given, section_of
 from calibquant.recipe.shipped import located
 
 
@@ -55,6 +59,46 @@ def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source
         RecipeError: a field is unknown or invalid.
     """
     return _recipe([Layer(source, tree)], overrides or [], source)
+
+
+def changed(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe with other values in some fields, checked as one from a file is.
+
+    What the user has set, `model_fields_set`, is that of `recipe`: changes are the program's.
+
+    Args:
+        recipe: is not changed.
+        changes: values by dotted names, such as {"quant.weights.bits": 2}.
+        source: names their origin in errors.
+
+    Raises:
+        RecipeError: a field is unknown or invalid.
+
+    Example:
+        >>> changed(make_recipe({}), {"quant.weights.bits": 2}).setting
+        'W2A4'
+    """
+    own: dict[str, Any] = reduce(merged, [_nested(name, None) for name in given(recipe)], {})
+    layers = [Layer(source, recipe.model_dump()), *(Layer(source, _nested(*change)) for change in changes.items())]
+    result = _validated(reduce(_layered, [layer.tree for layer in layers]), layers, source)
+    keep_given(result, own)
+    return result
+
+
+def valid(recipe: Recipe | dict[str, Any]) -> Recipe:
+    """A recipe from its fields, or one that may have been copied with other values, checked.
+
+    Raises:
+        RecipeError: it is something else, or a field is unknown or invalid.
+    """
+    if isinstance(recipe, Recipe):
+        return changed(recipe, {})
+    if isinstance(recipe, Mapping):
+        return make_recipe(dict(recipe))
+    mend = "pass a calibquant.Recipe or its fields as a dictionary"
+    if isinstance(recipe, (str, Path)):
+        mend = f"pass calibquant.load_recipe({str(recipe)!r})"
+    raise RecipeError("recipe", f"is of type {type(recipe).__name__}, not a recipe", mend)
 
 
 def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
@@ -113,19 +157,43 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
 def _recipe(layers: list[Layer], overrides: list[str], source: str) -> Recipe:
     """Layers under overrides, above the preset that they name."""
     layers = [*layers, *(Layer(source, _override(text)) for text in overrides)]
-    tree: dict[str, Any] = reduce(merged, [layer.tree for layer in layers])
+    tree: dict[str, Any] = reduce(_layered, [layer.tree for layer in layers])
     if "include" in tree:
         raise RecipeError(f"{source}, include", "is known in recipe files alone", "write it at the top of a file")
-    preset = tree.get("preset")
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            where = f"{_origin(layers, ['preset'], source)}, preset"
-            raise RecipeError(where, f"'{preset}' is unknown", nearest(str(preset), PRESETS))
-        tree = merged(PRESETS[preset], tree)
+    recipe = _validated(tree, layers, source)
+    own: dict[str, Any] = reduce(merged, [layer.tree for layer in layers if not _is_written_out(layer.tree)], {})
+    keep_given(recipe, own)
+    return recipe
+
+
+def _validated(tree: dict[str, Any], layers: list[Layer], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise _first_problem(error, layers, source) from None
+
+
+def _is_written_out(tree: dict[str, Any]) -> bool:
+    """Whether a file has every section, as the recipe.yaml of a run has: then no single field was the user's choice."""
+    return tree.keys() >= Recipe.model_fields.keys()
+
+
+def _layered(base: dict[str, Any], top: dict[str, Any], section: type[Section] | None = Recipe) -> dict[str, Any]:
+    """As `merged`; but {} empties what is no section."""
+    result = dict(base)
+    for name, value in top.items():
+        field = section.model_fields.get(name) if section is not None else None
+        inner = None if field is None else section_of(field)
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        plain = field is not None and inner is None
+        result[name] = _layered(result[name], value, inner) if both and not (plain and not value) else value
+    return result
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """A value under a dotted name."""
+    outer, _, inner = name.partition(".")
+    return {outer: _nested(inner, value) if inner else value}
 
 
 def _origin(layers: list[Layer], path: list[str], source: str) -> str:
@@ -148,9 +216,7 @@ def _override(text: str) -> dict[str, Any]:
         leaf: Any = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):
         raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
-    for part in reversed(key.strip().split(".")):
-        leaf = {part: leaf}
-    return leaf
+    return _nested(key.strip(), leaf)
 
 
 def _first_problem(error: ValidationError, layers: list[Layer], source: str) -> RecipeError:
@@ -180,15 +246,9 @@ def _field(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
     inner: type[Section] | None = Recipe
     for part in location:
         if inner is not None:
-            section, inner = inner, _section(inner, str(part))
+            section, field = inner, inner.model_fields.get(str(part))
+            inner = None if field is None else section_of(field)
             path.append(str(part))
         elif isinstance(part, int):
             path.append(str(part))
     return path, section
-
-
-def _section(outer: type[Section], name: str) -> type[Section] | None:
-    """The section that a field holds, or None for a plain value or an unknown field."""
-    annotation = outer.model_fields[name].annotation if name in outer.model_fields else None
-    candidates = (annotation, *get_args(annotation))
-    return next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), None)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
+from calibquant.errors import nearest
 from calibquant.recipe.images import CalibrationRecipe, DataRecipe, ModelRecipe
 from calibquant.recipe.learning import FinetuneRecipe, ReconstructRecipe, TrainRecipe
+from calibquant.recipe.presets import PRESETS, merged
 from calibquant.recipe.quant import QuantRecipe
-from calibquant.recipe.section import Section, conflict
+from calibquant.recipe.section import Section, conflict, keep_given, without_nulls
+
+MOST_THREADS = 1024
 
 
 class EvaluationRecipe(Section):
@@ -54,9 +58,26 @@ class Recipe(Section):
     finetune: FinetuneRecipe | None = Field(default=None, description="train the quantized network further")
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
     seed: int = Field(default=1005, ge=0)
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = Field(
+        default=None, description="CPU threads; none leaves torch's default"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_preset(cls, fields: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        """What the preset sets stands below the fields, and does not count as set by the user."""
+        if not isinstance(fields, dict):
+            return handler(fields)
+        fields, name = without_nulls(cls, fields), fields.get("preset")
+        if name is None:
+            return handler(fields)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise conflict("preset", f"'{name}' is unknown", nearest(str(name), PRESETS))
+        recipe = handler(merged(PRESETS[name], fields))
+        keep_given(recipe, fields)
+        return recipe
 
     @model_validator(mode="after")
     def _augmentable(self) -> Recipe:
@@ -93,9 +114,9 @@ class Recipe(Section):
 
     @property
     def setting(self) -> str:
-        """Bits in the field's short form, such as W4A4; WmixA8 where each weight has bits of its own."""
+        """Bits of stored codes in the field's short form, such as W4A4; WmixA8 where each weight has its own."""
         mixed = self.quant.mixed
-        weights = "mix" if mixed else self.quant.weights.bits
+        weights = "mix" if mixed else self.quant.weights.code_bits
         return f"W{weights}A{'mix' if mixed and mixed.tensors == 'both' else self.quant.activations.bits}"
 
     def to_yaml(self) -> str:

@@ -72,11 +72,15 @@ class WeightRecipe(Section):
         default="nearest", description="gram: in closed form, so that layers keep their output on calibration images"
     )
 
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        """YAML's true equals 1, but is no number of bits."""
-        return str(value) if isinstance(value, bool) else value
+    @property
+    def code_bits(self) -> int:
+        """Bits in which a code is stored; of learned levels as many as their number takes, whatever `bits` says.
+
+        Example:
+            >>> WeightRecipe(grid="codebook", bits=2, levels=128).code_bits, WeightRecipe(grid="nuq", bits=8).code_bits
+            (7, 5)
+        """
+        return max(1, (self.level_count - 1).bit_length()) if self.grid in ("codebook", "nuq") else self.bits
 
     @property
     def level_count(self) -> int:

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from calibquant import parallel
+from calibquant.errors import unknown
 from calibquant.features import take
 from calibquant.parallel import reduced_precision
 from calibquant.quantization.learning import SoftRounding, kept_values
 from calibquant.quantization.model import QuantModel
-from calibquant.recipe import REGULARIZER, ReconstructRecipe
+from calibquant.recipe import REGULARIZER, ReconstructRecipe, Sampling
 from calibquant.reconstruction.learnables import restore_state, start_learning, state_of
 from calibquant.reconstruction.losses import feature_loss, regularizer_exponent
 from calibquant.reconstruction.phases import Phase
@@ -239,6 +241,8 @@ def _batches(count: int, recipe: ReconstructRecipe, steps: int) -> Iterator[Tens
     if recipe.sampling == "without_replacement":
         yield from epochs(count, size, steps)
         return
+    if recipe.sampling not in ("with_replacement", "within_batch"):
+        raise unknown("reconstruct.sampling", recipe.sampling, get_args(Sampling))
     for _ in range(steps):
         drawn = torch.randint(0, count, (size,)) if recipe.sampling == "with_replacement" else torch.randperm(count)
         yield drawn[:size]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from calibquant.recipe import NetworkRecipe, ReconstructRecipe
+from calibquant.recipe.section import checked
 from calibquant.reconstruction.learnables import Rates
 
 
@@ -46,8 +47,11 @@ def phases(recipe: ReconstructRecipe) -> list[Phase]:
 
     `adaround` (Nagel et al., ICML 2020) learns roundings; `brecq` (Li et al., ICLR 2021) does, then scales;
     `qdrop` (Wei et al., ICLR 2022) learns both at once.
+
+    Raises:
+        RecipeError: the recipe was copied with a value that is not valid.
     """
-    if recipe.method == "none":
+    if checked(recipe).method == "none":
         return []
     return [*_unit_phases(recipe), *([network_phase(recipe.network)] if recipe.network.iterations else [])]
 

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from calibquant.errors import DataError, nearest
+from calibquant.errors import DataError
+from calibquant.recipe import parse_strategy
 from calibquant.selection.greedy import cover, facility_location, k_center, match_mean
 from calibquant.selection.scoring import Floats, Ints, Pool
 
@@ -95,32 +96,6 @@ def select(pool: Pool, count: int, strategy: str, seed: int, trial: Trial | None
         names += [name] * len(new)
         scores += [np.nan] * len(new) if values is None else [float(v) for v in values[new]]
     return Choice(rows, None if np.isnan(scores).all() else scores, names)
-
-
-def parse_strategy(text: str) -> list[tuple[str, float]]:
-    """Names and shares: "herding=0.75,tail=0.25"; a name alone has the share 1.
-
-    Raises:
-        DataError: a name is unknown, or a share is no positive number.
-
-    Example:
-        >>> parse_strategy("herding=0.75,tail=0.25")
-        [('herding', 0.75), ('tail', 0.25)]
-    """
-    parts = []
-    for part in text.split(","):
-        name, _, share = (piece.strip() for piece in part.partition("="))
-        if name not in STRATEGIES:
-            raise DataError("calibration.strategy", f"there is no strategy '{name}'", nearest(name, STRATEGIES))
-        try:
-            number = float(share or 1)
-        except ValueError:
-            number = np.nan
-        if not 0 < number < np.inf:
-            problem = f"'{share}' is no share of {name}"
-            raise DataError("calibration.strategy", problem, "write such as herding=0.75,tail=0.25")
-        parts.append((name, number))
-    return parts
 
 
 def needs_of(strategy: str) -> Needs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calibquant import parallel
-from calibquant.errors import ModelError
+from calibquant.errors import ModelError, unknown
 from calibquant.recipe import TrainRecipe
 from calibquant.training.average import update_average
 from calibquant.training.losses import Objective, Stream
@@ -135,6 +135,8 @@ def optimizer_of(groups: list[dict[str, Any]], settings: TrainRecipe) -> torch.o
     """The optimizer that the settings name, of groups of parameters."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999))
+    if settings.optimizer != "sgd":
+        raise unknown("train.optimizer", settings.optimizer, ("sgd", "adamw"))
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
 
 

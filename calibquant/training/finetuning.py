@@ -14,6 +14,7 @@ from calibquant.quantization.bias_units import start_learning_biases
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.student import Student, distillation_loss
 from calibquant.recipe import FinetuneRecipe
+from calibquant.recipe.section import checked
 from calibquant.training.engine import Training, optimizer_of
 from calibquant.training.losses import Stream, classification_loss, mixed_batch
 from calibquant.training.source import Source
@@ -78,8 +79,10 @@ def begin_finetuning(model: QuantModel, settings: FinetuneRecipe, images: Tensor
         images: some, float32 (N, ...) on the model's device, on which the deviations are measured.
 
     Raises:
+        RecipeError: the settings were copied with a value that is not valid.
         QuantizationError: a weight or an activation cannot be learned in the way the settings name.
     """
+    settings = checked(settings)
     relative, tensors = settings.optimizer == "adamw", parameter_tensors(model.teacher)
     kind = settings.activations
     latent = [q.start_training(tensors[n], settings.weights, relative) for n, q in model.weight_quantizers.items()]

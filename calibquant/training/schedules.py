@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from calibquant.errors import unknown
 from calibquant.recipe import TrainRecipe
 
 START, END = 1 / 25, 1 / 250_000  # of the one-cycle schedule, as shares of its peak
@@ -28,6 +29,8 @@ def learning_rate(settings: TrainRecipe, step: int, steps_per_epoch: int) -> flo
         >>> [round(learning_rate(settings, step, 1), 3) for step in (0, 1, 2, 6)]
         [0.2, 0.4, 0.4, 0.2]
     """
+    if settings.schedule not in WARM_UP:
+        raise unknown("train.schedule", settings.schedule, WARM_UP)
     total = steps_of(settings, steps_per_epoch)
     rise = WARM_UP[settings.schedule] * total if settings.warm_up is None else settings.warm_up * steps_per_epoch
     rise = min(rise, total - 1)

@@ -38,18 +38,23 @@ def test_cells_are_methods_by_settings_by_seeds_with_pairs_together() -> None:
 
 
 def test_grids_multiply_methods_and_have_cells_where_there_are_bits() -> None:
-    study = plan(methods=["nearest", "qdrop"], grids=["uniform", "apot", "binary", "nuq"], bits=["1..2", "w8a8"])
+    study = plan(
+        methods=["nearest", "qdrop"], grids=["uniform", "apot", "binary", "nuq"], bits=["1..2", "w8a8", "w5a8"]
+    )
     assert [f"{cell.method} {cell.setting}" for cell in study.cells] == [
         "nearest:binary W1A4", "qdrop:binary W1A4",
         "nearest:uniform W2A4", "nearest:apot W2A4", "nearest:binary W2A4",
         "qdrop:uniform W2A4", "qdrop:apot W2A4", "qdrop:binary W2A4",
-        "nearest:uniform W8A8", "nearest:nuq W8A8", "qdrop:uniform W8A8", "qdrop:nuq W8A8",
+        "nearest:uniform W8A8", "qdrop:uniform W8A8",
+        "nearest:uniform W5A8", "nearest:apot W5A8", "nearest:binary W5A8", "nearest:nuq W5A8",
+        "qdrop:uniform W5A8", "qdrop:apot W5A8", "qdrop:binary W5A8", "qdrop:nuq W5A8",
     ]  # fmt: skip
     cell = study.cells[-1]
     assert (cell.recipe.quant.weights.grid, cell.recipe.reconstruct.method) == ("nuq", "qdrop")
-    assert cell.folder == Path("elsewhere/compare/qdrop-nuq-w8a8-seed1005")
+    assert cell.recipe.quant.weights.bits == 8, "32 of the levels of 8 bits, which take 5"
+    assert cell.folder == Path("elsewhere/compare/qdrop-nuq-w5a8-seed1005")
     assert study.baseline == "nearest:uniform"
-    again = plan(methods=list(study.methods), bits=["w1a4", "w2a4", "w8a8"])
+    again = plan(methods=list(study.methods), bits=["w1a4", "w2a4", "w8a8", "w5a8"])
     assert again.cells == study.cells
 
 

@@ -21,7 +21,7 @@ from calibquant.pipeline.stages import Job, Steps, calibrate, open_job, range_ba
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan, weight_energies
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.sensitivity import harm_of, one_at_a_time, second_order
-from calibquant.recipe import Recipe
+from calibquant.recipe import Recipe, changed
 from calibquant.runfolder import RunFolder, make_folder
 from calibquant.studies.analysis import advice as words
 from calibquant.studies.analysis.advice import WIDE, Advice, Harm
@@ -125,7 +125,7 @@ def analyze(
     """
     if recipe.quant.activations.dynamic:
         raise RecipeError("recipe, quant.activations.dynamic", "leaves no ranges to analyze", "use false")
-    recipe = recipe.model_copy(update={"reconstruct": recipe.reconstruct.model_copy(update={"method": "none"})})
+    recipe = changed(recipe, {"reconstruct.method": "none"})
     set_threads(recipe.threads)
     steps = Steps(reporter or Silent(), (*(name for name in step_names(recipe) if name in BEFORE), *STEPS))
     job = open_job(recipe, (network, calibration, calibration), steps)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe import PRESETS, GridKind, Recipe, has_bits, load_recipe, make_recipe
+from calibquant.recipe import PRESETS, GridKind, Idle, Recipe, changed, idle_fields, load_recipe, make_recipe
 from calibquant.studies.compare.cells import Cell, essence
 from calibquant.studies.external import METHODS
-from calibquant.studies.settings import parse_setting
+from calibquant.studies.settings import grid_bits, parse_setting
 
 Source = str | Path | Mapping[str, Any]
 WHERE = "calibquant compare"
@@ -130,11 +130,11 @@ def make_study(
     if jobs > 1 and base.threads is None:
         shared.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
     cells = [
-        _cell(recipe, shared, out, method, weights, activations, seed)
+        _cell(recipe, shared, out, method, (own, activations), seed)
         for weights, activations in settings
         for seed in chosen
         for method in methods
-        if _possible(base, method, weights, activations)
+        if (own := _bits_of(base, method, weights, activations)) is not None
     ]
     if not cells:
         raise RecipeError(f"{WHERE}, bits", "no method has a grid of these bits", "use other bits or grids")
@@ -160,16 +160,24 @@ def _load(source: Source, overrides: list[str]) -> Recipe:
     return load_recipe(source, overrides)
 
 
-def _cell(
-    source: Source, overrides: list[str], out: Path, method: str, weights: int, activations: int, seed: int
-) -> Cell:
+def idle_everywhere(study: Study) -> list[Idle]:
+    """The fields that the recipe sets and that have no effect in any cell of CalibQuant's own methods."""
+    found = [{idle.field: idle for idle in idle_fields(cell.recipe)} for cell in study.cells if not cell.foreign]
+    return (
+        [idle for field, idle in found[0].items() if field not in TAKEN and all(field in f for f in found)]
+        if found
+        else []
+    )
+
+
+def _cell(source: Source, overrides: list[str], out: Path, method: str, bits: tuple[int, int], seed: int) -> Cell:
     # Other tools take network and images alone from the recipe; the rest of it says what is nearest to theirs.
     preset, grid = ("int8", None) if method in METHODS else preset_and_grid(method)
-    fields = [f"preset={preset}", f"quant.weights.bits={weights}", f"quant.activations.bits={activations}"]
+    fields = [f"preset={preset}", f"quant.weights.bits={bits[0]}", f"quant.activations.bits={bits[1]}"]
     fields += [] if grid is None else [f"quant.weights.grid={grid}"]
     recipe = _load(source, [*overrides, *fields, f"seed={seed}"])
-    folder = out / f"{method.replace(':', '-')}-w{weights}a{activations}-seed{seed}"
-    return Cell(method, seed, recipe.model_copy(update={"runs": folder}))
+    folder = out / f"{method.replace(':', '-')}-{recipe.setting.lower()}-seed{seed}"
+    return Cell(method, seed, changed(recipe, {"runs": folder}))
 
 
 def preset_and_grid(method: str) -> tuple[str, str | None]:
@@ -183,12 +191,12 @@ def preset_and_grid(method: str) -> tuple[str, str | None]:
     return preset, grid or None
 
 
-def _possible(base: Recipe, method: str, weights: int, activations: int) -> bool:
-    """Whether a method has a grid of so many bits."""
+def _bits_of(base: Recipe, method: str, weights: int, activations: int) -> int | None:
+    """`quant.weights.bits` of a method at a setting; None where it has no grid of so many bits."""
     if method in METHODS:
-        return (weights, activations) == FOREIGN_BITS
+        return weights if (weights, activations) == FOREIGN_BITS else None
     grid = preset_and_grid(method)[1] or base.quant.weights.grid
-    return grid not in get_args(GridKind) or has_bits(grid, weights)  # type: ignore[arg-type]
+    return grid_bits(base.quant.weights, grid, weights)  # type: ignore[arg-type]
 
 
 def _spelled(bits: Sequence[str], activations: int) -> list[str]:

@@ -14,12 +14,12 @@ import yaml
 from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.pipeline import Reporter
 from calibquant.pipeline.preparing import open_set
-from calibquant.pipeline.reporting import Silent
+from calibquant.pipeline.reporting import Silent, warn
 from calibquant.runfolder import RunFolder, make_folder
 from calibquant.studies.compare.cells import CellResult, Way, complete, is_complete, read_result
 from calibquant.studies.compare.figure import pareto_png
 from calibquant.studies.compare.markdown import markdown, score_text
-from calibquant.studies.compare.planning import Source, Study, make_study
+from calibquant.studies.compare.planning import Source, Study, idle_everywhere, make_study
 from calibquant.studies.compare.predictions import PREDICTIONS
 from calibquant.studies.compare.processes import complete_in_processes
 from calibquant.studies.compare.summary import summary
@@ -91,6 +91,8 @@ def compare(
         plain = json.loads(json.dumps(recipe, default=str))
         RunFolder(study.out).write(study.recipe.name, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     board = _Board(study, reporter or Silent())
+    for idle in idle_everywhere(study):
+        warn(board.reporter, idle)
     try:
         for i in present:
             board.begin(i)

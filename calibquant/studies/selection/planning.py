@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.recipe import Recipe, load_recipe
+from calibquant.recipe import Recipe, changed, load_recipe
 from calibquant.selection import parse_strategy
-from calibquant.studies.settings import parse_setting
+from calibquant.studies.settings import grid_bits, parse_setting
 
 WHERE = "calibquant study"
 POOL = 10_000  # candidates of a draw, where the recipe gives no number
@@ -99,25 +99,23 @@ class SelectionStudy:
         return shlex.join([*words, "--out", str(self.out)])
 
     def recipe_of(self, cell: Cell) -> Recipe:
-        """The recipe of a cell, which calibrates with the images that it is given."""
+        """The recipe of a cell, which calibrates with the images that it is given.
+
+        Raises:
+            RecipeError: the recipe's grids have no codes of the cell's bits.
+        """
         weights, activations = parse_setting(cell.setting, WHERE)
-        quant = self.recipe.quant
-        return self.recipe.model_copy(
-            update={
-                "seed": cell.seed,
-                "calibration": self.recipe.calibration.model_copy(
-                    update={"count": cell.size, "strategy": "first", "pool": None, "manifest": None}
-                ),
-                "quant": quant.model_copy(
-                    update={
-                        "weights": quant.weights.model_copy(update={"bits": weights}),
-                        "activations": quant.activations.model_copy(update={"bits": activations}),
-                    }
-                ),
-                "export": self.recipe.export.model_copy(update={"onnx": False}),
-                "runs": self.out / "runs",
-            }
-        )
+        grid = self.recipe.quant.weights.grid
+        bits = grid_bits(self.recipe.quant.weights, grid, weights)
+        if bits is None:
+            problem = f"{grid} has no codes of {weights} bits with this recipe, which {cell.setting} asks for"
+            raise RecipeError(f"{WHERE}, bits", problem, "use other bits, or another quant.weights.grid")
+        changes = {
+            "seed": cell.seed, "calibration.count": cell.size, "calibration.strategy": "first",
+            "calibration.pool": None, "calibration.manifest": None, "quant.weights.bits": bits,
+            "quant.activations.bits": activations, "export.onnx": False, "runs": self.out / "runs",
+        }  # fmt: skip
+        return changed(self.recipe, changes, WHERE)
 
 
 def make_selection_study(
@@ -140,6 +138,8 @@ def make_selection_study(
         DataError: a strategy is unknown.
     """
     loaded = load_recipe(recipe, list(overrides))
+    if loaded.quant.mixed is not None:
+        raise RecipeError(f"{WHERE}, quant.mixed", "the settings studied give the bits", "leave quant.mixed out")
     for what, values in (("strategies", strategies), ("sizes", sizes), ("bits", bits), ("draws", draws),
                          ("seeds", seeds)):  # fmt: skip
         if not values:
@@ -163,11 +163,14 @@ def make_selection_study(
         raise RecipeError(f"{WHERE}, sizes", problem, "use smaller sizes, or set calibration.pool")
     if min(sizes) < 2:
         raise RecipeError(f"{WHERE}, sizes", f"{min(sizes)} is too small", "use 2 images or more")
-    loaded = loaded.model_copy(update={"calibration": loaded.calibration.model_copy(update={"pool": pool})})
-    return SelectionStudy(
+    loaded = changed(loaded, {"calibration.pool": pool})
+    study = SelectionStudy(
         Path(recipe), tuple(overrides), loaded, tuple(strategies), tuple(sizes), tuple(s.lower() for s in bits),
         tuple(draws), tuple(seeds), baseline, named, shift, loaded.runs / "selection" if out is None else out,
     )  # fmt: skip
+    for cell in {cell.setting: cell for cell in study.cells}.values():
+        study.recipe_of(cell)  # what has no recipe is refused before anything is written
+    return study
 
 
 def _joined(values: Sequence[object]) -> str:

@@ -18,8 +18,9 @@ from calibquant.errors import RecipeError
 from calibquant.parallel import set_threads
 from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
-from calibquant.pipeline.reporting import Silent
+from calibquant.pipeline.reporting import Silent, warn
 from calibquant.pipeline.selecting import Candidates, candidates_of
+from calibquant.recipe import changed, idle_fields
 from calibquant.runfolder import RunFolder, make_folder, write_atomic
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
@@ -29,6 +30,9 @@ from calibquant.studies.selection.shifting import shifted_candidates
 from calibquant.studies.selection.summary import summary
 
 RESULT, PAGE, FIGURE, PLAN = "selection.json", "selection.md", "selection.png", "plan.json"
+# Fields that the study itself sets.
+SET = ("calibration.count", "calibration.strategy", "calibration.pool", "quant.weights.bits", "export.storage",
+       "export.images")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
     for name in ("manifests", "cells"):
         make_folder(study.out / name)
     _check_same(study)
+    for field in idle_fields(study.recipe):
+        if field.field not in SET:
+            warn(reporter, field)
     cells, draw = study.cells, _Draw(study, study.draws[0], reporter)
     for number, cell in enumerate(cells, start=1):
         if cell.draw != draw.number:
@@ -136,7 +143,7 @@ class _Draw:
 
     @cached_property
     def _images(self) -> tuple[ImageSet, list[int]]:
-        recipe = self.study.recipe.model_copy(update={"seed": self.number})
+        recipe = changed(self.study.recipe, {"seed": self.number})
         images = open_calibration(recipe)
         settings = learned_preprocess(recipe)
         black = black_of(settings, images.image(0).shape[0])
@@ -144,7 +151,7 @@ class _Draw:
 
     @cached_property
     def _candidates(self) -> Candidates:
-        recipe = self.study.recipe.model_copy(update={"seed": self.number})
+        recipe = changed(self.study.recipe, {"seed": self.number})
         images, indices = self._images
         _, found = open_candidates(recipe, None, images, self.reporter)
         return Candidates(recipe, images, indices, found.teacher, found.mount, self.reporter)

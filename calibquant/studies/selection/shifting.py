@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calibquant.data import ImageSet
+from calibquant.errors import unknown
 
 SHARE = 0.5  # of the candidates that are changed
 SIGMA = 1 / 16  # of the blur, of the shorter side
@@ -38,6 +39,8 @@ class Shifted(ImageSet):
         image = self.base.image(i)
         if i not in self.changed:
             return image
+        if self.shift not in ("blurred", "dark"):
+            raise unknown("shift", self.shift, ("blurred", "dark"))
         return blurred(image) if self.shift == "blurred" else darkened(image, self.black)
 
     def label(self, i: int) -> int | None:
