@@ -8,7 +8,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
+from calibquant.cli.waiting import wait_briefly
+
+wait_briefly()  # before torch is imported
+
+import torch  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,7 +21,8 @@ from calibquant.data import (
 from calibquant.errors import CaptureError, DataError, ModelError, RecipeError
 from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
-from calibquant.pipeline.reporting import Reporter, Silent, note
+from calibquant.parallel import fit_threads
+from calibquant.pipeline.reporting import Reporter, Silent, log, note
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
@@ -149,6 +150,7 @@ def open_candidates(
     teacher = fold_batch_norm(capture(network, example, submodule))
     prepared = Prepared(network, teacher, submodule, images, Manifest(()), None)
     _check_teacher(prepared, example)
+    log.info("threads: %d", fit_threads(recipe.threads, network, example))
     return prepared, Candidates(recipe, images, indices, teacher, prepared.mount, reporter)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from calibquant import parallel
@@ -167,7 +168,8 @@ def resume(
 
 
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
-    threads, (plan, started_from) = set_threads(recipe.threads), adopted_plan(folder)
+    set_threads(recipe.threads)
+    plan, started_from = adopted_plan(folder)
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
     if recipe.finetune is not None:
         check_shares(recipe.finetune, "finetune")
@@ -210,7 +212,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
                 (progress.nearest, after), dict(steps.seconds),
             )  # fmt: skip
             metrics |= job.facts | ({} if started_from is None else {"started_from": started_from})
-            machine = {"threads": threads, "device": str(job.device)}
+            machine = {"threads": torch.get_num_threads(), "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, files, machine)
             folder.remove("checkpoint*")
     return Run(parallel.first(final_path(folder.path)), job.model, metrics, quantized)

@@ -24,7 +24,7 @@ from calibquant.pipeline.exporting import export_files
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, note
 from calibquant.pipeline.run_inputs import entering
 from calibquant.quantization import (
     QuantModel,
@@ -54,6 +54,17 @@ STEPS = (
     "prepare", "equalize", "mixed", "weights", "activations", "gram", "reconstruct", "correct", "evaluate_start",
     "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
+CALIBRATING = ("calibration.batch_size", "calibration.count")
+MEMORY = {  # fields that lower the memory a step needs, where they are others than these
+    "prepare": ("data.preprocess.resize", "calibration.count"),
+    "gram": ("calibration.count",),
+    "reconstruct": ("reconstruct.batch_size", "reconstruct.cache_limit"),
+    "finetune": ("finetune.batch_size",),
+    "evaluate_start": ("evaluation.batch_size",),
+    "evaluate_float": ("evaluation.batch_size",),
+    "evaluate_quantized": ("evaluation.batch_size",),
+    "export": ("export.images",),
+}
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 Live = tuple[nn.Module | None, ImageSet | None, ImageSet | None]  # network, calibration and evaluation images
 
@@ -76,7 +87,7 @@ class Steps:
     def begin(self, name: str, title: str, before: float = 0.0) -> Iterator[None]:
         """A numbered step; `before` is what an interrupted run spent in it."""
         begin(self.reporter, self.names.index(name) + 1, len(self.names), title)
-        with self.time(name, before):
+        with self.time(name, before), enough_memory(*MEMORY.get(name, CALIBRATING)):
             yield
 
     @contextmanager

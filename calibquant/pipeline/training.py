@@ -15,12 +15,12 @@ from calibquant import parallel
 from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RecipeError
 from calibquant.evaluation import Evaluation, evaluate
-from calibquant.parallel import resolve_device, set_threads, synchronized
+from calibquant.parallel import fit_threads, resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, open_set
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, log_to, note
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
@@ -210,7 +210,9 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     source = open_source(learned, augment, learned_preprocess(recipe), settings(recipe).batch_size, recipe.seed, device)
     check_shares(settings(recipe), "train")
     training = begin_training(network, settings(recipe), steps_of(settings(recipe), source.steps), device)
-    check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
+    sample = next(source.epoch(0))[0][:2]
+    check_labels(images, _classes(training.network, sample))
+    log.info("threads: %d", fit_threads(recipe.threads, training.network, sample))
     return Job(training, source, held, images if evaluation is None else evaluation, fingerprint(learned))
 
 
@@ -235,7 +237,8 @@ def _classes(network: nn.Module, images: Tensor) -> int:
 
 
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> TrainedRun:
-    threads, seconds, started = set_threads(recipe.threads), dict[str, float](), time.perf_counter()
+    seconds, started = dict[str, float](), time.perf_counter()
+    set_threads(recipe.threads)
 
     def lap(name: str) -> None:
         nonlocal started
@@ -243,22 +246,26 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
 
     with log_to(folder):
         begin(reporter, 1, STEPS, "Open the network and the images")
-        job = open_training(recipe, live)
+        with enough_memory("train.batch_size"):
+            job = open_training(recipe, live)
         if load_training(folder, job.training, job.images):
             note(reporter, f"going on after epoch {len(job.training.reports)}")
         folder.write("recipe.yaml", recipe.to_yaml())
         lap("open")
         held = "" if job.held is None else f", {len(job.held)} held out"
         begin(reporter, 2, STEPS, f"Train for {length_of(settings(recipe))} on {len(job.source.images)} images{held}")
-        network = train_network(job, recipe, reporter, folder)
+        with enough_memory("train.batch_size"):
+            network = train_network(job, recipe, reporter, folder)
         lap("train")
         begin(reporter, 3, STEPS, "Evaluate the trained network")
-        result = measure(recipe, network, job.evaluation, job.source.device, reporter)
+        with enough_memory("evaluation.batch_size"):
+            result = measure(recipe, network, job.evaluation, job.source.device, reporter)
         lap("evaluate")
         begin(reporter, 4, STEPS, "Write the run folder")
         on = "training images" if live[1] is not None and live[2] is None else "evaluation images"
         metrics = run_metrics(recipe, job, result, on, seconds)
-        _write(folder, recipe, job, network, metrics, {"threads": threads, "device": str(job.source.device)})
+        machine = {"threads": torch.get_num_threads(), "device": str(job.source.device)}
+        _write(folder, recipe, job, network, metrics, machine)
         folder.remove("checkpoint*")
     return TrainedRun(parallel.first(final_path(folder.path)), network, metrics, result)
 
