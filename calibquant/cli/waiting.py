@@ -13,7 +13,7 @@ def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let threads that wait give their core away after some microseconds, unless the user's environment says otherwise.
 
     By default OpenMP's threads spin while they wait. On a machine that does other work too, they spin on the core that
-    the thread they wait for needs. Call it before torch is imported: OpenMP reads its variables once, when it is loaded.
+    the thread they wait for needs. Call it before torch is imported: OpenMP reads its variables when it is loaded.
     Processes that this one starts inherit the setting.
 
     Args:

@@ -14,7 +14,7 @@ from calibquant.errors import DataError
 from calibquant.pipeline.preparing import open_candidates
 from calibquant.pipeline.reporting import Reporter
 from calibquant.recipe import Recipe
-from calibquant.runfolder import write_atomic
+from calibquant.runfolder import check_file, make_folder, write_atomic
 from calibquant.selection import Judgement, labelled_pool
 from calibquant.selection import judge as judge_pool
 
@@ -67,9 +67,12 @@ def select(
         >>> len(calibquant.select(recipe, net, images).rows)
         16
     """
+    if out is not None:
+        check_file(out)
     _, candidates = open_candidates(recipe, network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
+        make_folder(out.parent)
         write_atomic(out, manifest_csv(manifest).encode())
     return manifest
 
