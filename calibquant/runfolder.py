@@ -6,6 +6,7 @@ temporary name and renamed. The receipt holds the hash of every file, and readin
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -218,7 +219,7 @@ def check_place(folder: Path) -> None:
         probe = write_atomic(above / PROBE, b"x" * PROBE_BYTES)
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(OSError(error.errno, error.strerror), folder) from error
     except RunFolderError as error:
         raise RunFolderError(folder, error.problem, error.mend) from error
 
@@ -313,11 +314,11 @@ def write_atomic(path: Path, data: bytes) -> Path:
 
 def disk_error(error: OSError, path: Path) -> RunFolderError:
     """A disk's refusal as one line."""
-    return RunFolderError(
-        error.filename or path,
-        f"cannot be written ({error.strerror or error})",
-        "free space there, or choose another runs= folder",
-    )
+    mend = {
+        errno.ENOSPC: "free space there, or choose another folder (runs=…)",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }.get(error.errno or 0, "choose another folder (runs=…)")
+    return RunFolderError(error.filename or path, f"cannot be written ({error.strerror or error})", mend)
 
 
 def sha256(data: bytes) -> str:
