@@ -73,8 +73,11 @@ def lacks_memory(error: BaseException) -> str | None:
     found: BaseException | None = error
     while found is not None:
         text = " ".join(str(found).split())
-        if isinstance(found, MemoryError) or _LACK.search(text):
-            return text[:160] or "no memory is left"
+        sign = _LACK.search(text)
+        if sign is not None:
+            return text[sign.start() :].partition(". ")[0][:120]
+        if isinstance(found, MemoryError):
+            return text[:120] or "no memory is left"
         found = found.__context__
     return None
 

@@ -87,14 +87,15 @@ class Steps:
     def begin(self, name: str, title: str, before: float = 0.0) -> Iterator[None]:
         """A numbered step; `before` is what an interrupted run spent in it."""
         begin(self.reporter, self.names.index(name) + 1, len(self.names), title)
-        with self.time(name, before), enough_memory(*MEMORY.get(name, CALIBRATING)):
+        with self.time(name, before):
             yield
 
     @contextmanager
     def time(self, name: str, before: float = 0.0) -> Iterator[None]:
         """Time something within or without a step."""
         start = time.perf_counter()
-        yield
+        with enough_memory(*MEMORY.get(name, CALIBRATING)):
+            yield
         self.seconds[name] = round(before + time.perf_counter() - start, 3)
 
 
