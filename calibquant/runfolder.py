@@ -205,7 +205,7 @@ def check_place(folder: Path) -> None:
     Raises:
         RunFolderError: they cannot, or the disk is full.
     """
-    above = folder.absolute()
+    above = folder
     missing: list[str] = []
     while not os.path.lexists(above):
         missing.append(above.name)

@@ -48,7 +48,9 @@ class Recipe(Section):
     finetune: FinetuneRecipe | None = Field(default=None, description="train the quantized network further")
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
     seed: int = Field(default=1005, ge=0)
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: one for small networks, torch's default for others")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; none: one for a small network, else torch's default"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
 
