@@ -8,9 +8,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
+from calibquant.cli.waiting import wait_briefly
 
-from calibquant.export.processor import runtime_saturates
+wait_briefly()  # before torch is imported
+
+import torch  # noqa: E402
+
+from calibquant.export.processor import runtime_saturates  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

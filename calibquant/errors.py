@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -64,6 +65,37 @@ def unknown(where: object, name: str, known: Iterable[str]) -> RecipeError:
         quant.weights.observer: 'mes' is unknown; did you mean 'mse'?
     """
     return RecipeError(where, f"'{name}' is unknown", nearest(name, known))
+
+
+class OutOfMemoryError(CalibQuantError):
+    """The machine or the device has less memory than the work needs."""
+
+
+def lacks_memory(error: BaseException) -> str | None:
+    """What another library's error says of missing memory; None where it is about something else.
+
+    oneDNN says only that it could not create a primitive. The error may be the one that another was made of.
+
+    Example:
+        >>> lacks_memory(RuntimeError("could not create a primitive"))
+        'could not create a primitive'
+    """
+    found: BaseException | None = error
+    while found is not None:
+        text = " ".join(str(found).split())
+        sign = _LACK.search(text)
+        if sign is not None:
+            return text[sign.start() :].partition(". ")[0][:120]
+        if isinstance(found, MemoryError):
+            return text[:120] or "no memory is left"
+        found = found.__context__
+    return None
+
+
+_LACK = re.compile(
+    r"could not create a primitive(?! desc)|can't allocate memory|not enough memory|out of memory|std::bad_alloc"
+    r"|Failed to allocate memory|Cannot allocate memory"
+)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
 
@@ -21,11 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from calibquant.errors import ParallelError, RecipeError
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
 VALUES_AT_ONCE = 3 << 19  # numbers in the images of a batch: ten images of 3 x 224 x 224
+SMALL = 10_000_000  # multiply-adds for an image; a network of fewer takes one thread: benchmarks/results/threads.md
 LARGEST_KEPT = 256 << 20  # bytes; a larger tensor, such as all images' features, goes back to the system when freed
 
 _GONE = ("gloo", "nccl", "connection", "peer")  # words of torch's errors when another process is gone
@@ -34,14 +37,59 @@ Value = TypeVar("Value")
 
 
 def set_threads(count: int | None) -> int:
-    """Set torch's CPU threads (None leaves them) and return the number in force.
+    """Set torch's CPU threads and return the number in force; None takes the number that the process has of its own.
 
     From then on the process also keeps the memory that it frees.
     """
     _keep_freed_memory()
-    if count is not None:
-        torch.set_num_threads(count)
-    return torch.get_num_threads()
+    if torch.get_num_threads() != _threads.chosen:
+        _threads.own = torch.get_num_threads()
+    _threads.decoding = _threads.chosen = count or _threads.own
+    torch.set_num_threads(_threads.chosen)
+    return _threads.chosen
+
+
+def fit_threads(count: int | None, network: nn.Module, images: Tensor) -> int:
+    """Set torch's CPU threads for a network and return the number in force.
+
+    A small network takes one thread: several would wait for each other longer than they work. The choice depends on the
+    network alone, so that a run can be repeated. How many threads decode images does not change.
+
+    Args:
+        count: of the recipe; None chooses by the network, unless OMP_NUM_THREADS says how many there are.
+        network: in eval mode.
+        images: a batch that it takes, (N, ...).
+    """
+    set_threads(count)
+    if count is None and "OMP_NUM_THREADS" not in os.environ and products_of(network, images[:1]) < SMALL:
+        _threads.chosen = 1
+        torch.set_num_threads(1)
+    return _threads.chosen
+
+
+def decoding_threads() -> int:
+    """How many threads may decode images: the recipe's number, or as many as the process has of its own."""
+    now = torch.get_num_threads()
+    return _threads.decoding if now == _threads.chosen else now
+
+
+def products_of(network: nn.Module, images: Tensor) -> int:
+    """How many products the network's convolutions and matrix products sum up for these images."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(images)
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass
+class _Threads:
+    """How many torch had before a run set them, how many that run set, and how many decode images meanwhile."""
+
+    own: int = 0
+    chosen: int = 0
+    decoding: int = 0
+
+
+_threads = _Threads()
 
 
 @cache

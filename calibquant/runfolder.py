@@ -6,13 +6,14 @@ temporary name and renamed. The receipt holds the hash of every file, and readin
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ FORMAT_VERSION = 1
 RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"
 QUANTIZATION, TRAINING = "quantize", "train"  # kinds of runs, by the command that makes them
 TRAINED = "weights.safetensors"  # what a training leaves
+PROBE = f".calibquant-{'probe' * 20}"  # as long as the longest path below a folder of runs
+PROBE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def new_run(root: Path, stem: str, kind: str = QUANTIZATION) -> Iterator[RunFold
         RunFolderError: the folder cannot be created, writing fails, or the run was interrupted behind a checkpoint.
             Without a checkpoint nothing is left behind; with one the folder stays hidden for `interrupted_run`.
     """
+    check_place(root)
     make_folder(root)
     try:
         partial = _claim(root, stem)
@@ -189,6 +193,49 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def check_place(folder: Path) -> None:
+    """Check that files can be written into a folder, or that it can be made; nothing is left there.
+
+    Commands call it before their work, so that hours of it are not lost for want of a place.
+
+    Raises:
+        RunFolderError: they cannot, or the disk is full.
+    """
+    above = folder
+    missing: list[str] = []
+    while not os.path.lexists(above):
+        missing.append(above.name)
+        above = above.parent
+    if not above.is_dir():
+        raise RunFolderError(above, "is a file, not a folder", "choose another folder")
+    try:
+        for name in missing:
+            with suppress(FileNotFoundError):
+                os.lstat(above / name)  # a name that is too long fails in another way
+        probe = write_atomic(above / PROBE, b"x" * PROBE_BYTES)
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(OSError(error.errno, error.strerror), folder) from error
+    except RunFolderError as error:
+        raise RunFolderError(folder, error.problem, error.mend) from error
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be written, or replaced; as `check_place`.
+
+    Raises:
+        RunFolderError: it cannot.
+    """
+    if path.is_dir():
+        raise RunFolderError(path, "is a folder, not a file", "give the name of a file")
+    check_place(path.parent)
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path.with_name(f".{path.name}.{os.getpid()}.tmp"))  # the name that it has while it is written
     except OSError as error:
         raise disk_error(error, path) from error
 
@@ -267,11 +314,11 @@ def write_atomic(path: Path, data: bytes) -> Path:
 
 def disk_error(error: OSError, path: Path) -> RunFolderError:
     """A disk's refusal as one line."""
-    return RunFolderError(
-        error.filename or path,
-        f"cannot be written ({error.strerror or error})",
-        "free space there, or choose another runs= folder",
-    )
+    mend = {
+        errno.ENOSPC: "free space there, or choose another folder (runs=…)",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }.get(error.errno or 0, "choose another folder (runs=…)")
+    return RunFolderError(error.filename or path, f"cannot be written ({error.strerror or error})", mend)
 
 
 def sha256(data: bytes) -> str:

@@ -298,7 +298,7 @@ COMMANDS = [
     Case("classes of images without labels", "evaluate folder.yaml --per-class",
          "evaluation images: have no labels; leave --per-class and --confusion out",
          lambda s: [p.rename(p.parents[1] / p.name) for p in sorted((s.root / "images/val").glob("*/*.png"))]),
-    Case("demo where no folder can be", "demo --runs digits.yaml/x", r"cannot be written \(Not a directory\); free"),
+    Case("demo where no folder can be", "demo --runs digits.yaml/x", r"digits.yaml: is a file, not a folder; choose"),
 ]  # fmt: skip
 
 
@@ -342,8 +342,8 @@ RUNS = [
 ]  # fmt: skip
 
 MACHINE = [
-    Case("runs below a file", f"{D} runs=digits.yaml/x", r"digits.yaml/x: cannot be written \(Not a .*\); free space"),
-    Case("runs is a file", f"{D} runs=digits.yaml", r"digits.yaml: cannot be written \(File exists\); free space"),
+    Case("runs below a file", f"{D} runs=digits.yaml/x", r"digits.yaml: is a file, not a folder; choose another"),
+    Case("runs is a file", f"{D} runs=digits.yaml", r"digits.yaml: is a file, not a folder; choose another"),
     *(
         Case(f"full disk at {target}", D, r"cannot be written \(No space left on device\); free space there, or choose",
              lambda s, target=target: s.full_disk(target))  # type: ignore[misc]

@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from calibquant.cli.waiting import wait_briefly
+
+wait_briefly()  # before torch is imported, and for what the tests start
+
+import torch  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from calibquant.cli.output import Output
+
+stdout = Output("stdout")
 # Piped output is for files and pagers: wide enough that tables keep their lines whole.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(file=stdout, highlight=False, soft_wrap=True, width=None if stdout.isatty() else 140)  # type: ignore[arg-type]
+err = Console(file=Output("stderr"), highlight=False, soft_wrap=True)  # type: ignore[arg-type]
 
 
 class ConsoleReporter:
@@ -64,8 +66,15 @@ def words(text: str) -> list[str]:
 
 def print_json(value: Any) -> None:
     """A value as JSON on standard output, for machines."""
-    if not out.quiet:
-        sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    if out.quiet:
+        return
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode(stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1)  # spelled otherwise, values would change
+    stdout.write(text + "\n")
+    stdout.flush()
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

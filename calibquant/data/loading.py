@@ -16,6 +16,7 @@ from torch import Tensor
 from calibquant.data.imageset import ImageSet, UnreadableImageError, check_indices
 from calibquant.data.workers import Loaded, Part, load, load_by_processes
 from calibquant.errors import DataError
+from calibquant.parallel import decoding_threads
 
 MOST_THREADS = 4
 PREFETCH = 2  # batches decoded while the network works on another
@@ -97,7 +98,7 @@ def _deliver(images: ImageSet, chunks: list[Part]) -> Iterator[Batch]:
 
 def _load_by_threads(images: ImageSet, chunks: Sequence[Part]) -> Generator[Loaded]:
     """The images of each chunk in order, decoded up to PREFETCH chunks ahead as far as these are small."""
-    threads = min(MOST_THREADS, torch.get_num_threads())  # the recipe's `threads`
+    threads = min(MOST_THREADS, decoding_threads())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="calibquant-data")
     pending: deque[list[Future[Loaded]]] = deque()
     ahead, waiting = 0, deque(chunks)

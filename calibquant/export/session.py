@@ -63,7 +63,8 @@ def open_session(name: str, data: bytes, threads: int | None = None) -> Session:
     """
     runtime = import_runtime()
     options = runtime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the core to others
+    for threads_of in ("intra_op", "inter_op"):  # waiting threads leave the core to others
+        options.add_session_config_entry(f"session.{threads_of}.allow_spinning", "0")
     options.log_severity_level = 4  # errors arrive as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -10,7 +10,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import DataError
 from calibquant.evaluation import Evaluation
 from calibquant.evaluation.classes import class_names, class_scores, confusion_csv, most_confused
-from calibquant.runfolder import make_folder, write_atomic
+from calibquant.runfolder import check_file, make_folder, write_atomic
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class ByClass:
     confusion: Path | None = None
 
     def check(self, images: ImageSet) -> None:
-        """Before the work: there are labels, and the file has a folder.
+        """Before the work: there are labels, and the file can be written.
 
         Raises:
             DataError: no image has a label.
-            RunFolderError: the folder cannot be made.
+            RunFolderError: it cannot.
         """
         if (self.table or self.confusion) and not (images.labels() >= 0).any():
             raise DataError("evaluation images", "have no labels", "leave --per-class and --confusion out")
         if self.confusion is not None:
-            make_folder(self.confusion.parent)
+            check_file(self.confusion)
 
     def of(self, evaluation: Evaluation, images: ImageSet) -> dict[str, Any]:
         """The part of a result that was asked for: `classes`, and `confusion` with its `file` and `most_confused`.
@@ -50,6 +50,7 @@ class ByClass:
         if self.table:
             found["classes"] = [asdict(row) for row in class_scores(counts, names)]
         if self.confusion is not None:
+            make_folder(self.confusion.parent)
             write_atomic(self.confusion, confusion_csv(counts, names).encode())
             pairs = [asdict(pair) for pair in most_confused(counts, names)]
             found["confusion"] = {"file": str(self.confusion), "most_confused": pairs}

@@ -15,7 +15,7 @@ from calibquant.errors import DataError
 from calibquant.pipeline.preparing import open_candidates
 from calibquant.pipeline.reporting import Reporter, Silent, warn
 from calibquant.recipe import Recipe, changed, idle_fields, valid
-from calibquant.runfolder import write_atomic
+from calibquant.runfolder import check_file, make_folder, write_atomic
 from calibquant.selection import Judgement, labelled_pool
 from calibquant.selection import judge as judge_pool
 
@@ -71,9 +71,12 @@ def select(
     recipe = valid(recipe)
     for field in idle_fields(recipe, "select"):
         warn(reporter or Silent(), field)
+    if out is not None:
+        check_file(Path(out))
     _, candidates = open_candidates(recipe, network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
+        make_folder(Path(out).parent)
         write_atomic(Path(out), manifest_csv(manifest).encode())
     return manifest
 

@@ -38,7 +38,7 @@ from calibquant.pipeline.reporting import Reporter, Silent, begin, note
 from calibquant.pipeline.run_inputs import CALIBRATION, PARITY, RunInputs, run_inputs
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe
-from calibquant.runfolder import RECEIPT, RunFolder, disk_error, make_folder, open_run
+from calibquant.runfolder import RECEIPT, RunFolder, check_place, disk_error, make_folder, open_run
 
 Made = TypeVar("Made")
 FORMATS = ("onnx", "record", "amct", "packed", "vectors")
@@ -173,6 +173,7 @@ def export_run(
     reporter = reporter or Silent()
     _check_arguments(formats, storage)
     folder = open_run(run)
+    check_place(out or run)
     recipe = run_recipe(folder, list(overrides))
     set_threads(recipe.threads)
     begin(reporter, 1, 3, f"Load {run}")

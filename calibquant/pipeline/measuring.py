@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 import yaml
 from torch import nn
 
-from calibquant.data import ImageSet
+from calibquant.data import ImageSet, batches
 from calibquant.errors import RecipeError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.export.artifact import load_artifact
 from calibquant.networks import float_copy
-from calibquant.parallel import resolve_device, set_threads
+from calibquant.parallel import fit_threads, resolve_device, set_threads
 from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
@@ -73,10 +74,17 @@ def evaluate_run(
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
     warn_of_images(recipe, images, reporter)
     by_class.check(images)
+    _fit_threads(recipe, network, images)
     begin(reporter, 2, 2, f"Evaluate the {recipe.setting} network")
     result = measure(recipe, network, images, resolve_device(recipe.device), reporter)
     scores = {"run": str(path), "setting": recipe.setting, "quantized": result.scores.to_dict()}
     return scores | by_class.of(result, images) | {"skipped": sorted(images.skipped)}
+
+
+def _fit_threads(recipe: Recipe, network: nn.Module, images: ImageSet) -> None:
+    """Take as many threads as the run did; a network that fails does so again, and is told, when it is measured."""
+    with suppress(RuntimeError):
+        fit_threads(recipe.threads, network, next(batches(images, 1)).images)
 
 
 def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
@@ -120,6 +128,7 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: B
     network, images = float_copy(build(recipe)), open_set(recipe, "evaluation")
     warn_of_images(recipe, images, reporter)
     by_class.check(images)
+    _fit_threads(recipe, network, images)
     begin(reporter, 2, 2, "Evaluate the float network")
     result = measure(recipe, network, images, device, reporter)
     scores = {"model": recipe.model.name, "float": result.scores.to_dict()}

@@ -25,8 +25,9 @@ from calibquant.graph import capture, fold_batch_norm
 from calibquant.graph.capture import TOLERANCE, relative_difference
 from calibquant.graph.watching import Watched
 from calibquant.networks import beyond, check_values, float_copy, output_words, short
+from calibquant.parallel import fit_threads
 from calibquant.pipeline.live import check_weights_file, checked_live
-from calibquant.pipeline.reporting import Reporter, Silent, note
+from calibquant.pipeline.reporting import Reporter, Silent, log, note
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import Preprocess, Recipe
 from calibquant.zoo import build_model
@@ -178,6 +179,7 @@ def open_candidates(
     prepared = Prepared(network, teacher, submodule, images, Manifest(()), None)
     _check_sizes(prepared, example)
     _check_teacher(prepared, example)
+    log.info("threads: %d", fit_threads(recipe.threads, network, example))
     return prepared, Candidates(recipe, images, indices, teacher, prepared.mount, reporter)
 
 

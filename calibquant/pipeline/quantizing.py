@@ -190,7 +190,8 @@ def resume(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, start: Path | None = None) -> Run:
-    threads, (plan, started_from) = set_threads(recipe.threads), adopted_plan(folder)
+    set_threads(recipe.threads)
+    plan, started_from = adopted_plan(folder)
     steps, own = Steps(reporter, step_names(recipe, plan is not None)), plan is None
     if recipe.finetune is not None:
         check_shares(recipe.finetune, "finetune")
@@ -242,7 +243,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
                 | ({"warnings": idle} if idle else {})
                 | ({} if started_from is None else {"started_from": started_from})
             )
-            machine = {"threads": threads, "device": str(job.device)}
+            machine = {"threads": torch.get_num_threads(), "device": str(job.device)}
             write_run(folder, recipe, job.prepared, job.model, metrics, deployed.files, machine)
             folder.remove("checkpoint*")
     return Run(parallel.first(final_path(folder.path)), job.model, metrics, quantized)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
+from calibquant.errors import CalibQuantError, OutOfMemoryError, lacks_memory
 from calibquant.runfolder import RunFolder
 
 log = logging.getLogger("calibquant")
@@ -54,20 +55,51 @@ def warn(reporter: Reporter, text: object) -> None:
 
 
 @contextmanager
+def enough_memory(*fields: str) -> Iterator[None]:
+    """Within the context, work that needs more memory than there is becomes an error that names what to lower.
+
+    Args:
+        fields: of the recipe, on which the work's memory depends.
+
+    Raises:
+        OutOfMemoryError: a library could not allocate memory.
+    """
+    try:
+        yield
+    except Exception as error:  # as capture's, which says that the network fails
+        lack = lacks_memory(error)
+        if lack is None or isinstance(error, OutOfMemoryError):
+            raise
+        raise OutOfMemoryError(
+            "memory", f"there is less than this step needs ({lack})", f"lower {' or '.join(fields)}"
+        ) from error
+
+
+@contextmanager
 def log_to(folder: RunFolder) -> Iterator[None]:
-    """Keep what happens within the context in the run's log.txt."""
-    handler = _LogFile(folder.path / "log.txt", encoding="utf-8")
+    """Keep what happens within the context in the run's log.txt, and why it ended if that was too early."""
+    handler = _LogFile(folder.path / "log.txt", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         yield
+    except BaseException as error:
+        with suppress(OSError):  # a full disk may be what ended it
+            log.error("%s", _reason(error))
+        raise
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
         with suppress(OSError):  # each line was flushed already
             handler.close()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CalibQuantError):
+        return str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 class _LogFile(logging.FileHandler):

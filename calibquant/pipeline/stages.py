@@ -24,7 +24,7 @@ from calibquant.pipeline.live import Live
 from calibquant.pipeline.measuring import measure, warn_of_images
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, note
+from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, note
 from calibquant.quantization import (
     QuantModel,
     QuantPlan,
@@ -54,6 +54,17 @@ STEPS = (
     "finetune", "evaluate_float", "evaluate_quantized", "export", "write",
 )  # fmt: skip
 BY_BATCH = ("moving-average", "mse-batch", "mse-shrink")  # observers whose ranges depend on the size of the batches
+CALIBRATING = ("calibration.batch_size", "calibration.count")
+MEMORY = {  # fields that lower the memory a step needs, where they are others than these
+    "prepare": ("data.preprocess.resize", "calibration.count"),
+    "gram": ("calibration.count",),
+    "reconstruct": ("reconstruct.batch_size", "reconstruct.cache_limit"),
+    "finetune": ("finetune.batch_size",),
+    "evaluate_start": ("evaluation.batch_size",),
+    "evaluate_float": ("evaluation.batch_size",),
+    "evaluate_quantized": ("evaluation.batch_size",),
+    "export": ("export.images",),
+}
 ERROR_IMAGES = 128  # calibration images on which the growth of the error through the network is measured
 
 
@@ -82,7 +93,8 @@ class Steps:
     def time(self, name: str, before: float = 0.0) -> Iterator[None]:
         """Time something within or without a step."""
         start = time.perf_counter()
-        yield
+        with enough_memory(*MEMORY.get(name, CALIBRATING)):
+            yield
         self.seconds[name] = round(before + time.perf_counter() - start, 3)
 
 

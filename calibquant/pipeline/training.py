@@ -15,13 +15,13 @@ from calibquant.data import ImageSet, batches, check_labels
 from calibquant.errors import ModelError, RecipeError
 from calibquant.evaluation import Evaluation, evaluate
 from calibquant.networks import check_values, output_words, owned_copy, short
-from calibquant.parallel import resolve_device, set_threads, synchronized
+from calibquant.parallel import fit_threads, resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.live import Live, as_path, check_weights_file, checked_live
 from calibquant.pipeline.measuring import measure, run_recipe
 from calibquant.pipeline.preparing import build, learned_preprocess, measured, open_set
-from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note, warn
+from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, log_to, note, warn
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, idle_fields, valid
@@ -217,10 +217,12 @@ def open_training(recipe: Recipe, live: Live = (None, None, None)) -> Job:
     check_shares(settings(recipe), "train")
     training = begin_training(network, settings(recipe), steps_of(settings(recipe), source.steps), device)
     evaluation = images if evaluation is None else evaluation
-    check_labels(images, _classes(training.network, next(source.epoch(0))[0][:2]))
+    sample = next(source.epoch(0))[0][:2]
+    check_labels(images, _classes(training.network, sample))
     at_the_end = measured(evaluation, recipe.evaluation.count)
     size = next(batches(at_the_end, 1)).images.shape  # all that is known of these images before the end
     check_labels(at_the_end, _classes(training.network, torch.zeros(size, device=device)))
+    log.info("threads: %d", fit_threads(recipe.threads, training.network, sample))
     return Job(training, source, held, evaluation, fingerprint(learned))
 
 
@@ -247,7 +249,8 @@ def _classes(network: nn.Module, images: Tensor) -> int:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> TrainedRun:
-    threads, seconds, started = set_threads(recipe.threads), dict[str, float](), time.perf_counter()
+    seconds, started = dict[str, float](), time.perf_counter()
+    set_threads(recipe.threads)
 
     def lap(name: str) -> None:
         nonlocal started
@@ -257,22 +260,26 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter) -> T
         for field in idle_fields(recipe, "train"):
             warn(reporter, field)
         begin(reporter, 1, STEPS, "Open the network and the images")
-        job = open_training(recipe, live)
+        with enough_memory("train.batch_size"):
+            job = open_training(recipe, live)
         if load_training(folder, job.training, job.images):
             note(reporter, f"going on after epoch {len(job.training.reports)}")
         folder.write("recipe.yaml", recipe.to_yaml())
         lap("open")
         held = "" if job.held is None else f", {len(job.held)} held out"
         begin(reporter, 2, STEPS, f"Train for {length_of(settings(recipe))} on {len(job.source.images)} images{held}")
-        network = train_network(job, recipe, reporter, folder)
+        with enough_memory("train.batch_size"):
+            network = train_network(job, recipe, reporter, folder)
         lap("train")
         begin(reporter, 3, STEPS, "Evaluate the trained network")
-        result = measure(recipe, network, job.evaluation, job.source.device, reporter)
+        with enough_memory("evaluation.batch_size"):
+            result = measure(recipe, network, job.evaluation, job.source.device, reporter)
         lap("evaluate")
         begin(reporter, 4, STEPS, "Write the run folder")
         on = "training images" if live[1] is not None and live[2] is None else "evaluation images"
         metrics = run_metrics(recipe, job, result, on, seconds)
-        _write(folder, recipe, job, network, metrics, {"threads": threads, "device": str(job.source.device)})
+        machine = {"threads": torch.get_num_threads(), "device": str(job.source.device)}
+        _write(folder, recipe, job, network, metrics, machine)
         folder.remove("checkpoint*")
     return TrainedRun(parallel.first(final_path(folder.path)), network, metrics, result)
 

@@ -9,9 +9,10 @@ empties a mapping such as model.options.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import merged
 from calibquant.recipe.section import Section, given, keep_given, section_of
 from calibquant.recipe.shipped import located
+
+STANDARD_INPUT = Path("-")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file with the files that it includes, and apply dotted overrides.
 
     Args:
-        path: YAML file, or the name of a recipe that comes with the package, such as "w4a4/resnet18". Relative paths
-            of data and weights are taken from the working directory, those of `include` from the file's folder.
+        path: YAML file, the name of a recipe that comes with the package, such as "w4a4/resnet18", or "-" for standard
+            input. Relative paths of data and weights are taken from the working directory, those of `include` from the
+            file's folder; of standard input both from the working directory.
         overrides: strings such as "quant.weights.bits=2"; the value is read as YAML.
 
     Raises:
@@ -49,7 +53,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         'W2A4'
     """
     path = located(path)
-    return _recipe(layers_of(path), overrides or [], str(path))
+    return _recipe(layers_of(path), overrides or [], _shown(path))
 
 
 def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
@@ -114,7 +118,9 @@ def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
     tree = read_tree(path, within[-1] if within else None)
     includes = tree.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise RecipeError(f"{path}, include", "is no list of files", "write for example include: [network.yaml]")
+        raise RecipeError(
+            f"{_shown(path)}, include", "is no list of files", "write for example include: [network.yaml]"
+        )
     chain = (*within, path)
     layers: list[Layer] = []
     for inner in (path.parent / name for name in includes):
@@ -122,7 +128,7 @@ def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
             way = " -> ".join(str(file) for file in (*chain, inner))
             raise RecipeError(f"{path}, include", f"goes in a circle ({way})", "take one of these out")
         layers += layers_of(inner, chain)
-    return [*layers, Layer(str(path), tree)]
+    return [*layers, Layer(_shown(path), tree)]
 
 
 def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
         RecipeError: the file is missing, no valid YAML or no mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(_standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         mend = (
@@ -144,14 +150,27 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
             if includer
             else "give the path of a recipe file, or a name that calibquant recipes lists"
         )
-        raise RecipeError(path, f"cannot be read ({reason})", mend) from None
+        raise RecipeError(_shown(path), f"cannot be read ({reason})", mend) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
+        raise RecipeError(
+            f"{_shown(path)}{line}", "is not valid YAML", "correct the indentation or quoting there"
+        ) from None
     if not isinstance(tree, dict):
-        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
+        raise RecipeError(_shown(path), "is not a recipe", "it must hold fields such as model: and data:")
     return tree
+
+
+@cache
+def _standard_input() -> str:
+    """All of standard input, which can be read once, as UTF-8 text; empty where it is closed."""
+    return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8")
+
+
+def _shown(path: Path) -> str:
+    """What errors call a file of fields."""
+    return "standard input" if path == STANDARD_INPUT else str(path)
 
 
 def _recipe(layers: list[Layer], overrides: list[str], source: str) -> Recipe:

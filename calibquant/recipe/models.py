@@ -59,7 +59,7 @@ class Recipe(Section):
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
     seed: int = Field(default=1005, ge=0)
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = Field(
-        default=None, description="CPU threads; none leaves torch's default"
+        default=None, description="CPU threads; none: one for a small network, else torch's default"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")

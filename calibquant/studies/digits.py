@@ -9,7 +9,7 @@ from calibquant.pipeline import Reporter, Run, quantize
 from calibquant.pipeline.reporting import Silent
 from calibquant.pipeline.training import open_training, train_network
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import make_folder
+from calibquant.runfolder import check_place, make_folder
 from calibquant.zoo import save_weights
 
 EPOCHS = 12
@@ -43,6 +43,7 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
     Returns:
         `path`, a safetensors file.
     """
+    check_place(path.parent)
     make_folder(path.parent)
     recipe = make_recipe(FIELDS | TRAINING | {"seed": seed}, [f"train.epochs={EPOCHS}"])
     job = open_training(recipe)

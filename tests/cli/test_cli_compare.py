@@ -73,7 +73,7 @@ GOOD = ["--methods", "nearest,qdrop", "--bits", "w4a4"]
         (["recipe.yaml", "data.kind=null", *GOOD], "recipe, data.kind: this field is required; use cifar10, digits"),
         (["recipe.yaml", "reconstruct.method=qdrop", *GOOD],
          "recipe.yaml, reconstruct.method: hides what the method 'nearest' does; leave reconstruct.method out of"),
-        (["recipe.yaml", *GOOD, "--out", "recipe.yaml/x"], "recipe.yaml/x: cannot be written (Not a directory); free"),
+        (["recipe.yaml", *GOOD, "--out", "recipe.yaml/x"], "recipe.yaml: is a file, not a folder; choose"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_line_and_leaves_nothing(

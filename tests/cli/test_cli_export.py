@@ -177,7 +177,7 @@ FEW = ["--rounds", "1"]
         (["export", RUN, "--format", ","], "--format: names no format; known are onnx, record"),
         (["export", RUN, "--storage", "int4"], "--storage: 'int4' is unknown; did you mean 'int8'?"),
         (["export", RUN, "--input", "3x32"], "--input: '3x32' is no size; give for example 3,224,224"),
-        (["export", RUN, "--out", "recipe.yaml/x"], "recipe.yaml/x: cannot be written (Not a directory); free"),
+        (["export", RUN, "--out", "recipe.yaml/x"], "recipe.yaml: is a file, not a folder; choose"),
         (["export", RUN, "data.kind=folder", "data.root=gone"], "data.preprocess.mean: has length 1 but"),
         (["export", "modle.name=x"], "modle: this key is unknown; did you mean 'model'?"),
         (["inspect", "none.onnx"], "none.onnx: cannot be read (No such file or directory); give the path of an ONNX"),

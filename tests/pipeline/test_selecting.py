@@ -251,7 +251,7 @@ def test_the_commands(fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
         ("select recipe.yaml --strategy herdng", "calibration.strategy: there is no strategy 'herdng'; did you mean"),
         ("select recipe.yaml --strategy tail=x", "'x' is no share of tail; write such as"),
         ("select recipe.yaml --count 9999", "calibration.count: 9999 images are asked for but .*; use a count"),
-        ("select recipe.yaml --out no/such/folder.csv", "cannot be written"),
+        ("select recipe.yaml --out recipe.yaml/chosen.csv", "is a file, not a folder"),
         ("judge recipe.yaml nothing.csv", "nothing.csv: there is no such file or folder; give a manifest"),
         ("quantize recipe.yaml calibration.manifest=no.csv", "no.csv: cannot be read"),
         ("select recipe.yaml calibration.pool=30 --strategy best-of-random --count 30", "no images left to judge with"),

@@ -22,7 +22,7 @@ from calibquant.quantization import QuantModel, calibrate_activations, calibrate
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.sensitivity import harm_of, one_at_a_time, second_order
 from calibquant.recipe import Recipe, changed
-from calibquant.runfolder import RunFolder, make_folder
+from calibquant.runfolder import RunFolder, check_place, make_folder
 from calibquant.studies.analysis import advice as words
 from calibquant.studies.analysis.advice import WIDE, Advice, Harm
 from calibquant.studies.analysis.figures import growth_svg, harm_svg, histogram_svg
@@ -126,6 +126,8 @@ def analyze(
     if recipe.quant.activations.dynamic:
         raise RecipeError("recipe, quant.activations.dynamic", "leaves no ranges to analyze", "use false")
     recipe = changed(recipe, {"reconstruct.method": "none"})
+    folder = recipe.runs / "analysis" if out is None else out
+    check_place(folder)
     set_threads(recipe.threads)
     steps = Steps(reporter or Silent(), (*(name for name in step_names(recipe) if name in BEFORE), *STEPS))
     job = open_job(recipe, (network, calibration, calibration), steps)
@@ -143,7 +145,6 @@ def analyze(
         widest = words.widest_harm(harms)
         advice = _advice(job, facts, ranges, harms, errors, widest)
         effect = _effect(job, widest, chosen)
-    folder = recipe.runs / "analysis" if out is None else out
     found = Analysis(recipe.setting, count, facts, tuple(ranges), tuple(harms), errors, advice, effect, folder)
     with steps.begin("write_analysis", f"Write {folder}"):
         _write(found, job)

@@ -15,7 +15,7 @@ from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.pipeline import Reporter
 from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent, warn
-from calibquant.runfolder import RunFolder, make_folder
+from calibquant.runfolder import RunFolder, check_place, make_folder
 from calibquant.studies.compare.cells import CellResult, Way, complete, is_complete, read_result
 from calibquant.studies.compare.figure import pareto_png
 from calibquant.studies.compare.markdown import markdown, score_text
@@ -86,6 +86,7 @@ def compare(
     present = [i for i, cell in enumerate(study.cells) if is_complete(cell)]
     for method in {cell.method for i, cell in enumerate(study.cells) if cell.foreign and i not in present}:
         METHODS[method].check(method)
+    check_place(study.out)
     make_folder(study.out)
     if isinstance(recipe, Mapping):
         plain = json.loads(json.dumps(recipe, default=str))

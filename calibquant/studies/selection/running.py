@@ -21,7 +21,7 @@ from calibquant.pipeline.preparing import learned_preprocess, open_calibration, 
 from calibquant.pipeline.reporting import Silent, warn
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import changed, idle_fields
-from calibquant.runfolder import RunFolder, make_folder, write_atomic
+from calibquant.runfolder import RunFolder, check_place, make_folder, write_atomic
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
@@ -60,6 +60,8 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
     reporter = reporter or Silent()
     evaluation = open_set(study.recipe, "evaluation")
     set_threads(study.recipe.threads)
+    check_place(study.out)
+    check_place(study.recipe.runs)
     for name in ("manifests", "cells"):
         make_folder(study.out / name)
     _check_same(study)
@@ -112,7 +114,7 @@ def _path(study: SelectionStudy, cell: Cell) -> Path:
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether a cell is this process's for the time being; a lock of a process that died is free again."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
