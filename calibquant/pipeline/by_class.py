@@ -10,7 +10,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import DataError
 from calibquant.evaluation import Evaluation
 from calibquant.evaluation.classes import class_names, class_scores, confusion_csv, most_confused
-from calibquant.runfolder import make_folder, write_atomic
+from calibquant.runfolder import make_folder, write_alone
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ByClass:
         if self.table:
             found["classes"] = [asdict(row) for row in class_scores(counts, names)]
         if self.confusion is not None:
-            write_atomic(self.confusion, confusion_csv(counts, names).encode())
+            write_alone(self.confusion, confusion_csv(counts, names).encode())
             pairs = [asdict(pair) for pair in most_confused(counts, names)]
             found["confusion"] = {"file": str(self.confusion), "most_confused": pairs}
         return found

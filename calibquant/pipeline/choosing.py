@@ -14,7 +14,7 @@ from calibquant.errors import DataError
 from calibquant.pipeline.preparing import open_candidates
 from calibquant.pipeline.reporting import Reporter
 from calibquant.recipe import Recipe
-from calibquant.runfolder import write_atomic
+from calibquant.runfolder import write_alone
 from calibquant.selection import Judgement, labelled_pool
 from calibquant.selection import judge as judge_pool
 
@@ -70,7 +70,7 @@ def select(
     _, candidates = open_candidates(recipe, network, calibration, reporter)
     manifest = candidates.choose().manifest
     if out is not None:
-        write_atomic(out, manifest_csv(manifest).encode())
+        write_alone(out, manifest_csv(manifest).encode())
     return manifest
 
 

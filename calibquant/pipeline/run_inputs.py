@@ -62,7 +62,7 @@ def run_inputs(
         DataError: the images are not there, or are not those that the run was calibrated on.
         RunFolderError: the run was calibrated on live images, and no shape fits its network.
     """
-    manifest = read_manifest(folder.path / "manifest.csv")
+    manifest = read_manifest(folder.path_of("manifest.csv"))
     live = recipe.data.kind is None or manifest.rows[0].path.startswith("tensor#")
     host, missing = _host(recipe)
     if live or (host is None and recipe.model.submodule is not None):
@@ -83,7 +83,7 @@ def _upon(teacher: fx.GraphModule, model: QuantModel, folder: RunFolder) -> Quan
     if [node.name for node in teacher.graph.nodes] != [node.name for node in model.teacher.graph.nodes]:
         return None
     made = QuantModel(teacher, model.plan, shared=model)
-    return made if network_hash(made) == folder.read_json(RECEIPT)["network"] else None
+    return made if network_hash(made) == folder.read_json(RECEIPT).get("network") else None
 
 
 def entering(prepared: Prepared, count: int = IMAGES) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ def _between(random: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
 
 def _known_shapes(folder: RunFolder, graph: fx.GraphModule) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of one image for each input: those of an earlier export, then likely ones."""
-    if PARITY in folder.read_json(RECEIPT)["files"]:
+    if folder.has(PARITY):
         yield [tuple(size) for size in folder.read_json(PARITY)["input"]]
     yield from ([size] for size in _shapes(graph))
 

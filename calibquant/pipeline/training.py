@@ -18,9 +18,10 @@ from calibquant.evaluation import Evaluation, evaluate
 from calibquant.parallel import resolve_device, set_threads, synchronized
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
-from calibquant.pipeline.measuring import measure, run_recipe
+from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import build, learned_preprocess, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, log, log_to, note
+from calibquant.pipeline.resuming import again, changes_of, continued_recipe, fields_of
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, make_recipe
@@ -101,7 +102,8 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
     settings(recipe)
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, network, "train"), TRAINING)) as folder:
+    stem = run_stem(recipe, network, "train")
+    with run_folder(lambda: new_run(recipe.runs, stem, TRAINING, again(recipe))) as folder:
         return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
 
 
@@ -112,19 +114,25 @@ def resume_training(
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
     overrides: list[str] | None = None,
+    trust_code: bool = False,
 ) -> TrainedRun:
-    """Go on with a training that was interrupted; it ends with the same bytes of weights as if it had not been.
+    """Continue a training that was interrupted; it ends with the same bytes of weights as if it had not been.
 
     Args:
         run: the folder that the run would have left.
-        overrides: dotted recipe keys to go on with other settings, e.g. a lower train.lr after a loss that diverged.
+        overrides: dotted recipe keys; only those of `resuming.MAY_CHANGE` may have another value than before, e.g. a
+            lower train.lr after a loss that diverged.
         network, images, evaluation, reporter: as `train` got them.
+        trust_code: whether code that the run's recipe names may be run, to make the network.
 
     Raises:
-        CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
+        CalibQuantError: there is no such run, its checkpoint is damaged, another process works at it, or recipe,
+            network or images have changed.
     """
-    with run_folder(lambda: interrupted_run(run, TRAINING)) as folder:
-        return _run(folder, run_recipe(folder, overrides), (network, images, evaluation), reporter or Silent())
+    flags = " --trust-code" if trust_code else ""
+    with run_folder(lambda: interrupted_run(run, TRAINING, flags)) as folder:
+        recipe = continued_recipe(folder, run, overrides, trust_code)
+        return _run(folder, recipe, (network, images, evaluation), reporter or Silent())
 
 
 def line_of(report: EpochReport) -> str:
@@ -173,7 +181,7 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
     def save(training: Training) -> None:
         log.info("%s", line_of(training.reports[-1]))
         if folder is not None:
-            save_training(folder, training, job.images)
+            save_training(folder, training, job.images, fields_of(recipe))
 
     try:
         return fit(
@@ -188,8 +196,8 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
     except ModelError as error:
         if folder is None or not (folder.path / CHECKPOINT).is_file():
             raise
-        run = final_path(folder.path)
-        mend = f"{error.mend}, or go on from the last checkpoint: calibquant train --resume {run} train.lr=…"
+        command = f"calibquant train --resume {final_path(folder.path)}{again(recipe)} train.lr=…"
+        mend = f"{error.mend}, or go on from the last checkpoint: {command}"
         raise ModelError(error.where, error.problem, mend) from error
 
 
@@ -291,4 +299,5 @@ def _write(
         **versions(),
         "seed": recipe.seed,
         **machine,
+        **changes_of(folder),
     })  # fmt: skip

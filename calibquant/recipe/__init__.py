@@ -21,7 +21,7 @@ from calibquant.recipe.learning import (
     Sampling,
     TrainRecipe,
 )
-from calibquant.recipe.loading import load_recipe, make_recipe
+from calibquant.recipe.loading import load_recipe, make_recipe, parse_tree
 from calibquant.recipe.models import EvaluationRecipe, ExportRecipe, Recipe
 from calibquant.recipe.presets import PRESETS
 from calibquant.recipe.quant import (
@@ -44,4 +44,5 @@ __all__ = [
     "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "FinetuneRecipe", "Granularity", "GridKind",
     "MixedRecipe", "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe", "Recipe",
     "ReconstructRecipe", "Sampling", "TrainRecipe", "WeightRecipe", "has_bits", "load_recipe", "make_recipe",
+    "parse_tree",
 ]  # fmt: skip

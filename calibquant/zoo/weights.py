@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from calibquant.errors import ModelError
 from calibquant.recipe import ModelRecipe
+from calibquant.zoo.external import check_trusted
 from calibquant.zoo.naming import naming_of
 from calibquant.zoo.registry import build, names
 
@@ -42,7 +43,8 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
         tell: hears how the file of weights was read, if that is not plain.
 
     Raises:
-        ModelError: the name is missing, or it, an option or the file of weights is not valid.
+        ModelError: the name is missing, or it, an option or the file of weights is not valid, or a run folder names
+            code.
 
     Example:
         >>> build_model(ModelRecipe(name="digits_resnet")).training
@@ -50,6 +52,7 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
     """
     if recipe.name is None:
         raise ModelError("model.name", "no network is named", "give a name of the zoo: " + ", ".join(names()))
+    check_trusted(recipe.name, recipe.options, recipe.strangers)
     network = build(recipe.name, **recipe.options)
     if recipe.weights is not None:
         remark = load_weights(network, recipe.weights)

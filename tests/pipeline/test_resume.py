@@ -151,8 +151,8 @@ def test_what_cannot_go_on_says_so_and_keeps_the_checkpoint(
     [
         (["--resume", "runs/nothing-001"], "is no interrupted run"),
         (["--resume", "runs/digits_resnet-w2a2-001"], "is complete already"),
-        (["--resume", "runs/digits_resnet-w2a2-001", "--dry-run"], "takes a recipe, or --resume RUN alone"),
-        ([], "takes a recipe, or --resume RUN alone"),
+        (["--resume", "runs/digits_resnet-w2a2-001", "--dry-run"], "--dry-run: is for a recipe"),
+        ([], "takes a recipe, or --resume RUN; give one"),
     ],
 )
 def test_resume_needs_an_interrupted_run(

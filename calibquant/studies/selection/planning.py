@@ -115,7 +115,7 @@ class SelectionStudy:
                     }
                 ),
                 "export": self.recipe.export.model_copy(update={"onnx": False}),
-                "runs": self.out / "runs",
+                "runs": self.out / "runs" / cell.name,
             }
         )
 
@@ -132,14 +132,15 @@ def make_selection_study(
     shift: str = "none",
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    trust_code: bool = False,
 ) -> SelectionStudy:
-    """Plan a study; the arguments are those of `SelectionStudy`.
+    """Plan a study; the arguments are those of `SelectionStudy`, and `trust_code` as `load_recipe` takes it.
 
     Raises:
         RecipeError: an argument is not valid.
         DataError: a strategy is unknown.
     """
-    loaded = load_recipe(recipe, list(overrides))
+    loaded = load_recipe(recipe, list(overrides), trust_code)
     for what, values in (("strategies", strategies), ("sizes", sizes), ("bits", bits), ("draws", draws),
                          ("seeds", seeds)):  # fmt: skip
         if not values:
