@@ -129,9 +129,7 @@ def test_what_needs_no_network_does_without_the_code(command: str, strange: Path
     assert not Path("ran").exists()
 
 
-def test_an_export_tells_what_it_left_out_and_keeps_the_file(
-    strange: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_tells_what_it_left_out_and_keeps_the_file(strange: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("whole/float.onnx").read_bytes()
     assert main(["export", "whole", "--json"]) == 0
     left_out = json.loads(capsys.readouterr().out)["left_out"]["float.onnx"]
@@ -198,7 +196,7 @@ def test_what_runs_code(name: str, options: dict[str, Any], field: str | None) -
 def test_options_of_a_run_are_none_of_a_users_own_package() -> None:
     tree = {"model": {"name": "resnet18", "options": {"checkpoint_path": "evil.pth"}}}
     mixed = make_recipe(tree, ["model.name=timm:resnet18"], "RUN/recipe.yaml", stranger=True)
-    with pytest.raises(ModelError, match="model.options.checkpoint_path: would run"):
+    with pytest.raises(ModelError, match=r"model.options.checkpoint_path: would run"):
         build_model(mixed.model)
 
 
@@ -256,9 +254,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_run_is_refused_in_one_line(
-    case: str, strange: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_run_is_refused_in_one_line(case: str, strange: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, expected = HOSTILE[case]
     spoil(Path("whole"))
     assert main(["evaluate", "whole"]) == 1
