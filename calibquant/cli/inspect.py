@@ -40,12 +40,16 @@ def inspect(
     model, metrics, receipt = load_artifact(folder), folder.read_json("metrics.json"), folder.read_json("receipt.json")
     size, rows = size_of(model), record(model)
     files = {name: (path / name).stat().st_size for name in receipt["files"] if name.endswith(".onnx")}
+    unlisted = sorted(
+        {p.name for p in path.iterdir() if p.name not in ("receipt.json", "log.txt")} - receipt["files"].keys()
+    )
     if json:
         coverage = [asdict(row) for row in model.coverage()]
         console.print_json({
             "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows,
             "layers": metrics.get("layers", []), "units": metrics["units"],
             "feature_errors": metrics.get("feature_errors", []), "onnx": files,
+            "checked": sorted(receipt["files"]), "unlisted": unlisted,
         })  # fmt: skip
         return
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
@@ -64,6 +68,10 @@ def inspect(
         f"agreement {console.percent(quantized['agreement'])} on {quantized['count']} {metrics['evaluated_on']}; "
         f"calibquant {receipt['versions']['calibquant']}, seed {receipt['seed']}"
     )
+    checked = f"The hashes of {len(receipt['files'])} files are those of receipt.json."
+    if unlisted:
+        checked += f" Not listed there, and not read: {', '.join(unlisted)}."
+    console.out.print(checked, markup=False)
 
 
 def _inspect_onnx(path: Path, json: bool) -> None:

@@ -16,7 +16,7 @@ from calibquant import parallel
 from calibquant.data import ImageSet
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
-from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
+from calibquant.export.artifact import DAMAGE, GRAPH, MODEL, artifact_tensors, plan_of, restore
 from calibquant.metrics import mcnemar
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import learned_preprocess, open_set
@@ -69,7 +69,7 @@ def adopted_plan(folder: RunFolder) -> tuple[QuantPlan | None, str | None]:
     kept = folder.read_json(START)
     try:
         return plan_of(kept["graph"]), str(kept["run"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGE as error:
         raise RunFolderError(folder.path / START, f"is damaged ({error})", "begin the run again") from None
 
 
@@ -77,14 +77,20 @@ def adopt(job: Job, start: Path) -> None:
     """Give the network the codes, scales and biases of a finished run.
 
     Raises:
-        RunFolderError: the run is of another network.
+        RunFolderError: the run is damaged, or of another network.
     """
     run = open_run(start)
-    own = {row["parameter"] for row in run.read_json(GRAPH)["nodes"] if row["op"] == "get_attr"}
+    try:
+        own = {row["parameter"] for row in run.read_json(GRAPH)["nodes"] if row["op"] == "get_attr"}
+    except DAMAGE as error:
+        raise RunFolderError(start / GRAPH, f"is damaged ({error})", "name another run") from None
     if network_hash(job.model, own) != run.read_json(RECEIPT).get("network"):
         mend = "name the network and the weights that it was made of"
         raise RunFolderError(start, "is of another network than the recipe's", mend)
-    restore(job.model, load_safetensors(run.read(MODEL)))
+    try:
+        restore(job.model, load_safetensors(run.read(MODEL)))
+    except DAMAGE as error:
+        raise RunFolderError(start / MODEL, f"does not fit {GRAPH} ({error})", "name another run") from None
     job.model.to(job.device)
 
 

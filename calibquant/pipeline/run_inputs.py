@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -144,8 +145,17 @@ def _between(random: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
 def _known_shapes(folder: RunFolder, graph: fx.GraphModule) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of one image for each input: those of an earlier export, then likely ones."""
     if folder.has(PARITY):
-        yield [tuple(size) for size in folder.read_json(PARITY)["input"]]
+        stored = folder.read_json(PARITY)
+        sizes = stored.get("input") if isinstance(stored, dict) else None
+        if isinstance(sizes, list) and all(_is_size(size) for size in sizes):
+            yield [tuple(size) for size in sizes]
     yield from ([size] for size in _shapes(graph))
+
+
+def _is_size(value: object) -> bool:
+    """Whether this is the shape of an image that a network may take, of at most 64 million numbers."""
+    numbers = value if isinstance(value, list) else []
+    return 0 < len(numbers) <= 4 and all(type(n) is int and n > 0 for n in numbers) and math.prod(numbers) < 1 << 26
 
 
 def _shapes(graph: fx.GraphModule) -> Iterator[tuple[int, ...]]:
