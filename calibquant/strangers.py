@@ -9,21 +9,21 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"  # a run folder holds one of these, finished or not
+RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"  # in a finished and in an interrupted run folder
 MOST = 4 << 30  # bytes of the largest file that is read: ONNX files have up to 2 GiB
 MOST_TEXT = 64 << 20  # bytes of the largest JSON file
 MOST_RECIPE = 256 << 10  # bytes of the largest recipe
 
 
 def in_run_folder(path: Path) -> bool:
-    """Whether a file lies in a run folder, by its path or by where a link leads.
+    """Whether a file lies in a run folder, finished or not, by its path or by where a link leads.
 
     Example:
         >>> in_run_folder(Path("configs/digits.yaml"))
         False
     """
     above = {*path.absolute().parents, *path.resolve().parents}
-    return any((folder / name).is_file() for folder in above for name in (RECEIPT, CHECKPOINT))
+    return any(folder.name.endswith(".partial") or (folder / RECEIPT).is_file() for folder in above)
 
 
 def read_regular(path: Path, most: int = MOST, links: bool = False) -> bytes:

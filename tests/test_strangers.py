@@ -308,6 +308,9 @@ def test_a_file_is_in_a_run_folder_by_its_path_or_by_its_link(strange: Path) -> 
     assert in_run_folder(Path("whole/recipe.yaml"))
     assert in_run_folder(Path("link.yaml"))
     assert in_run_folder(Path("way/recipe.yaml"))
+    assert in_run_folder(Path("runs/.net-001.partial/recipe.yaml"))
+    assert not in_run_folder(Path("nets.py"))
+    Path("checkpoint.json").write_text("of another tool")
     assert not in_run_folder(Path("nets.py"))
 
 

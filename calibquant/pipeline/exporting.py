@@ -31,7 +31,7 @@ from calibquant.pipeline.reporting import Reporter, Silent, begin, note
 from calibquant.pipeline.run_inputs import CALIBRATION, PARITY, RunInputs, run_inputs
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe
-from calibquant.runfolder import RunFolder, disk_error, make_folder, open_run, shared_folder
+from calibquant.runfolder import WAIT, RunFolder, alone, disk_error, make_folder, open_run, shared_folder
 
 FORMATS = ("onnx", "record", "amct", "packed", "vectors")
 VECTORS = "vectors"
@@ -207,7 +207,7 @@ def _vectors(inputs: RunInputs, out: Path) -> None:
     """Test vectors of a few images; the folder appears when it is complete."""
     program = make_program(inputs.model)
     make_folder(out)
-    with _fresh_folder(out / VECTORS) as folder:
+    with alone(out, WAIT), _fresh_folder(out / VECTORS) as folder:
         write_vectors(program, [x[:VECTOR_IMAGES].numpy() for x in inputs.tensors], folder)
 
 

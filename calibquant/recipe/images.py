@@ -95,7 +95,7 @@ class DataRecipe(Section):
         default=None, description="random changes of the images that train; see also calibration.augment"
     )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unreadable image does")
-    workers: int = Field(default=0, ge=0, description="processes that decode; 0: threads of the run itself")
+    workers: int = Field(default=0, ge=0, le=256, description="processes that decode; 0: threads of the run itself")
 
 
 class CalibrationRecipe(Section):

@@ -47,8 +47,8 @@ class Recipe(Section):
     export: ExportRecipe = ExportRecipe()
     finetune: FinetuneRecipe | None = Field(default=None, description="train the quantized network further")
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
-    seed: int = Field(default=1005, ge=0)
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none leaves torch's default")
+    seed: int = Field(default=1005, ge=0, lt=1 << 63)
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; none leaves torch's default")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     runs: Path = Field(default=Path("runs"), description="folder that receives the run folder")
 

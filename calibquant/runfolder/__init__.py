@@ -6,6 +6,7 @@
 
 from calibquant.runfolder.files import (
     FORMAT_VERSION,
+    WAIT,
     RunFolder,
     alone,
     disk_error,
@@ -29,7 +30,7 @@ from calibquant.runfolder.runs import (
 from calibquant.strangers import CHECKPOINT, RECEIPT
 
 __all__ = [
-    "CHECKPOINT", "FORMAT_VERSION", "QUANTIZATION", "RECEIPT", "TRAINED", "TRAINING", "RunFolder", "alone",
+    "CHECKPOINT", "FORMAT_VERSION", "QUANTIZATION", "RECEIPT", "TRAINED", "TRAINING", "WAIT", "RunFolder", "alone",
     "disk_error", "final_path", "interrupted_run", "kind_of", "make_folder", "new_run", "newest_run", "open_run",
     "sha256", "shared_folder", "write_alone", "write_atomic",
 ]  # fmt: skip
