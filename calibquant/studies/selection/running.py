@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,8 +168,6 @@ def _run(
     shutil.rmtree(recipe.runs, ignore_errors=True)  # what a kill left
     run = quantize(recipe, None, images, evaluation, _Quiet(reporter))
     shutil.rmtree(recipe.runs)
-    with suppress(OSError):  # another process may be at another cell
-        recipe.runs.parent.rmdir()
     scores = run.metrics["quantized"]
     return {
         "setting": cell.setting, "strategy": cell.strategy, "size": cell.size, "draw": cell.draw, "seed": cell.seed,
