@@ -292,7 +292,7 @@ RECIPES = [
 COMMANDS = [
     Case("unknown command", "quantise digits.yaml", "No such command 'quantise'.*'quantize'.*see calibquant --help"),
     Case("unknown option", f"{D} --fast", "No such option: --fast.*see calibquant --help"),
-    Case("no recipe", "quantize", "calibquant quantize: takes a recipe, or --resume RUN alone; give one of the two"),
+    Case("no recipe", "quantize", "calibquant quantize: takes a recipe, or --resume RUN; give one of the two"),
     Case("option without value", "demo --seed", "Option '--seed' requires an argument; see"),
     Case("recipes of nothing", "recipes resnet18 w9a9", "recipes: no recipe is of 'resnet18 w9a9'; without words it"),
     Case("classes of images without labels", "evaluate folder.yaml --per-class",

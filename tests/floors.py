@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FLOORS = {
-    "errors": 0,
+    "errors": 0, "strangers": 0, "locking": 0,
     "recipe": 1, "runfolder": 1, "parallel": 1,
     "networks": 2, "numerics": 2, "metrics": 2,
     "graph": 3, "data": 3, "zoo": 3,

@@ -67,7 +67,7 @@ def test_text_is_utf8_and_json_keeps_its_order(tmp_path: Path) -> None:
 def test_a_run_appears_when_it_is_complete(tmp_path: Path) -> None:
     with new_run(tmp_path / "new/runs", "net") as folder:
         folder.write("a.txt", "a")
-        assert names(tmp_path / "new/runs") == [".net-001.partial"]
+        assert names(tmp_path / "new/runs") == [".net-001.lock", ".net-001.partial"]
     assert names(tmp_path / "new/runs") == ["net-001"]
     assert (tmp_path / "new/runs/net-001/a.txt").read_text() == "a"
 
@@ -76,7 +76,7 @@ def test_a_run_appears_when_it_is_complete(tmp_path: Path) -> None:
 def test_an_error_removes_the_partial_run(error: BaseException, tmp_path: Path) -> None:
     def stop(folder: RunFolder) -> None:
         folder.write("a.txt", "a")
-        assert names(tmp_path) == [".net-001.partial"]
+        assert names(tmp_path) == [".net-001.lock", ".net-001.partial"]
         raise error
 
     with pytest.raises(type(error)), new_run(tmp_path, "net") as folder:
@@ -86,7 +86,8 @@ def test_an_error_removes_the_partial_run(error: BaseException, tmp_path: Path) 
 
 def test_runs_are_numbered_by_stem(tmp_path: Path) -> None:
     (tmp_path / "net-w4a4-007").mkdir()
-    (tmp_path / ".net-w4a4-009.partial").mkdir()  # a run that was killed
+    (tmp_path / ".net-w4a4-009.partial").mkdir()  # a run that was killed and can be continued
+    (tmp_path / ".net-w4a4-009.partial" / "checkpoint.json").write_text("{}")
     (tmp_path / "net-w4a4-notes").mkdir()
     assert make(tmp_path).name == "net-w4a4-010"
     assert make(tmp_path).name == "net-w4a4-011"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.targets import TrustCode
 
 
 def analyze(
@@ -19,6 +20,7 @@ def analyze(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the page. Default: analysis in the recipe's runs.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Which tensors do the harm, why, and what keeping them at 8 bits would cost."""
@@ -27,7 +29,7 @@ def analyze(
     from calibquant.studies.analysis.page import effect_text, harm_table
 
     with console.reporting(json) as reporter:
-        found = analysis.analyze(load_recipe(recipe, overrides), out=out, images=images, reporter=reporter)
+        found = analysis.analyze(load_recipe(recipe, overrides, trust_code), out=out, images=images, reporter=reporter)
     result = found.to_dict()
     if json:
         console.print_json(result)

@@ -9,7 +9,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_bench
-from calibquant.cli.targets import run_and_overrides
+from calibquant.cli.targets import TrustCode, run_and_overrides
 
 
 def bench(
@@ -18,6 +18,7 @@ def bench(
     also: Annotated[list[Path] | None, typer.Option(help="Another run of the same network to measure too.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each network.")] = 15,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Latency and throughput in ONNX Runtime, as ratios to the float network measured side by side."""
@@ -25,7 +26,7 @@ def bench(
 
     path, keys = run_and_overrides(target, overrides, runs)
     with console.reporting(json) as reporter:
-        result = study(path, also or [], keys, rounds, reporter)
+        result = study(path, also or [], keys, rounds, reporter, trust_code)
     if json:
         console.print_json(result)
         return

@@ -9,6 +9,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_comparison
+from calibquant.cli.targets import TrustCode
 
 
 def compare(
@@ -35,6 +36,7 @@ def compare(
         Path | None, typer.Option(help="Folder of the study. Default: compare in the recipe's runs.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time, each in a process of its own.")] = 1,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Compare methods at several bits and seeds: mean ± sd with paired tests. The same command goes on when stopped."""
@@ -53,6 +55,7 @@ def compare(
             jobs,
             reporter,
             console.words(grids),
+            trust_code,
         )
     if json:
         console.print_json(comparison.result)

@@ -9,7 +9,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_classes, show_deployed
-from calibquant.cli.targets import run_and_overrides
+from calibquant.cli.targets import TrustCode, run_and_overrides
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
         Path | None, typer.Option(help="File for the confusion matrix (CSV); shows what is confused most.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Measure a saved quantized network, a recipe's float network or an ONNX file, without quantizing again."""
@@ -43,11 +44,11 @@ def evaluate(
     by_class = ByClass(per_class, confusion)
     with console.reporting(json) as reporter:
         if path.suffix in (".yaml", ".yml"):
-            result = pipeline.evaluate_float(load_recipe(path, keys), reporter, by_class)
+            result = pipeline.evaluate_float(load_recipe(path, keys, trust_code), reporter, by_class)
         elif path.suffix == ".onnx":
-            result = evaluate_onnx(path, recipe, keys, reporter, by_class)
+            result = evaluate_onnx(path, recipe, keys, reporter, by_class, trust_code)
         else:
-            result = pipeline.evaluate_run(path, keys, reporter, by_class)
+            result = pipeline.evaluate_run(path, keys, reporter, by_class, trust_code)
     if json:
         console.print_json(result)
         return

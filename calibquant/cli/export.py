@@ -9,7 +9,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_export
-from calibquant.cli.targets import run_and_overrides
+from calibquant.cli.targets import TrustCode, run_and_overrides
 
 
 def export(
@@ -24,6 +24,7 @@ def export(
         str | None, typer.Option(help="Size of one image for a run of live images, e.g. 3,224,224.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where to look for the newest run.")] = Path("runs"),
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Write a run's network as files that load anywhere, each compared with the simulation before it is left."""
@@ -32,7 +33,7 @@ def export(
     path, keys = run_and_overrides(target, overrides, runs)
     formats = [word.strip() for word in format.split(",") if word.strip()]
     with console.reporting(json) as reporter:
-        result = export_run(path, formats, storage, out, keys, _size(input), reporter)
+        result = export_run(path, formats, storage, out, keys, _size(input), reporter, trust_code)
     if json:
         console.print_json(result)
         return

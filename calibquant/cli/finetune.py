@@ -9,6 +9,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_result
+from calibquant.cli.targets import TrustCode
 
 
 def finetune(
@@ -19,8 +20,9 @@ def finetune(
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. finetune.epochs=10 finetune.lr=….")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this interrupted run; recipe keys may change it.")
+        Path | None, typer.Option(help="Continue this interrupted run. The recipe is read from its folder.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Train a quantized network (QAT), taught by its float network; under torchrun on several devices."""
@@ -35,13 +37,13 @@ def finetune(
         raise RecipeError("calibquant finetune", "takes a run or a recipe, or --resume RUN", "give one of the two")
     with console.reporting(json) as reporter:
         if resume is not None:
-            run = pipeline.resume(resume, reporter=reporter, overrides=keys)
+            run = pipeline.resume(resume, reporter=reporter, overrides=keys, trust_code=trust_code)
         elif start is not None and start.is_dir():
-            run = pipeline.finetune(start, keys, reporter=reporter)
+            run = pipeline.finetune(start, keys, reporter=reporter, trust_code=trust_code)
         else:
-            recipe = load_recipe(start, keys)  # type: ignore[arg-type]
+            recipe = load_recipe(start, keys, trust_code)  # type: ignore[arg-type]
             if recipe.finetune is None:
-                recipe = load_recipe(start, ["finetune={}", *keys])  # type: ignore[arg-type]
+                recipe = load_recipe(start, ["finetune={}", *keys], trust_code)  # type: ignore[arg-type]
             run = pipeline.quantize(recipe, reporter=reporter)
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})

@@ -38,14 +38,19 @@ def inspect(
     path = newest_run(runs) if target is None else target.parent if target.is_file() else target
     folder = open_run(path)
     model, metrics, receipt = load_artifact(folder), folder.read_json("metrics.json"), folder.read_json("receipt.json")
+    _check_facts(path, metrics, receipt)
     size, rows = size_of(model), record(model)
     files = {name: (path / name).stat().st_size for name in receipt["files"] if name.endswith(".onnx")}
+    unlisted = sorted(
+        {p.name for p in path.iterdir() if p.name not in ("receipt.json", "log.txt")} - receipt["files"].keys()
+    )
     if json:
         coverage = [asdict(row) for row in model.coverage()]
         console.print_json({
             "run": str(path), "size": asdict(size), "coverage": coverage, "record": rows,
             "layers": metrics.get("layers", []), "units": metrics["units"],
             "feature_errors": metrics.get("feature_errors", []), "onnx": files,
+            "checked": sorted(receipt["files"]), "unlisted": unlisted,
         })  # fmt: skip
         return
     console.out.print(f"{path}: {metrics['setting']}, placement {metrics['placement']}, boundary {metrics['boundary']}")
@@ -64,6 +69,33 @@ def inspect(
         f"agreement {console.percent(quantized['agreement'])} on {quantized['count']} {metrics['evaluated_on']}; "
         f"calibquant {receipt['versions']['calibquant']}, seed {receipt['seed']}"
     )
+    checked = f"The hashes of {len(receipt['files'])} files are those of receipt.json."
+    if unlisted:
+        checked += f" Not listed there, and not read: {', '.join(unlisted)}."
+    console.out.print(checked, markup=False)
+
+
+def _check_facts(run: Path, metrics: object, receipt: object) -> None:
+    """Check that a run's facts are there that are shown.
+
+    Raises:
+        RunFolderError: they are not.
+    """
+    from calibquant.errors import RunFolderError
+
+    shown = {
+        "metrics.json": (metrics, ("setting", "placement", "boundary", "units", "evaluated_on", "size/file",
+                                   "float/top1", "quantized/top1", "quantized/agreement", "quantized/count")),
+        "receipt.json": (receipt, ("versions/calibquant", "seed")),
+    }  # fmt: skip
+    for name, (facts, keys) in shown.items():
+        for key in keys:
+            found = facts
+            for part in key.split("/"):
+                found = found.get(part, ...) if isinstance(found, dict) else ...
+            if found is ...:
+                mend = "use the calibquant that wrote it, or quantize again"
+                raise RunFolderError(run / name, f"lacks {key.replace('/', '.')}", mend)
 
 
 def _inspect_onnx(path: Path, json: bool) -> None:

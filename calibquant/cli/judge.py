@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.targets import TrustCode
 
 
 def judge(
@@ -17,6 +18,7 @@ def judge(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. calibration.pool=10000.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Rate a set of images as calibration images, beside random sets of the recipe's calibration images."""
@@ -24,7 +26,7 @@ def judge(
     from calibquant.recipe import load_recipe
 
     with console.reporting(json) as reporter:
-        judged = rate(load_recipe(recipe, overrides), data, reporter=reporter)
+        judged = rate(load_recipe(recipe, overrides, trust_code), data, reporter=reporter)
     if json:
         console.print_json(asdict(judged))
         return

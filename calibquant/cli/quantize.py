@@ -10,6 +10,7 @@ import typer
 
 from calibquant.cli import console
 from calibquant.cli.tables import show_coverage, show_layers, show_result, show_units
+from calibquant.cli.targets import TrustCode
 
 if TYPE_CHECKING:
     from calibquant.pipeline import DryRun
@@ -24,7 +25,10 @@ def quantize(
         str | None, typer.Option(help="Reconstruct as long as this: 90s, 20m, 1.5h; the same as reconstruct.time=20m.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; calibrate and write nothing.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this interrupted run; needs no recipe.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue this interrupted run. The recipe is read from its folder.")
+    ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Quantize a network and leave a run folder with the packed network, its accuracy and its record."""
@@ -32,14 +36,20 @@ def quantize(
     from calibquant.errors import RecipeError
     from calibquant.recipe import load_recipe
 
-    if (recipe is None) == (resume is None) or (resume is not None and dry_run):
-        raise RecipeError("calibquant quantize", "takes a recipe, or --resume RUN alone", "give one of the two")
+    given = [*(overrides or []), *([f"reconstruct.time={time}"] if time else [])]
+    if resume is not None and recipe is not None and "=" in str(recipe):
+        recipe, given = None, [str(recipe), *given]
+    if resume is not None and dry_run:
+        raise RecipeError(
+            "calibquant quantize, --dry-run", "is for a recipe, not for --resume", "leave one of them out"
+        )
+    if (recipe is None) == (resume is None):
+        raise RecipeError("calibquant quantize", "takes a recipe, or --resume RUN", "give one of the two")
     if resume is not None:
         with console.reporting(json) as reporter:
-            run = pipeline.resume(resume, reporter=reporter)
+            run = pipeline.resume(resume, reporter=reporter, overrides=given, trust_code=trust_code)
     else:
-        given = [*(overrides or []), *([f"reconstruct.time={time}"] if time else [])]
-        loaded = load_recipe(recipe, given)  # type: ignore[arg-type]
+        loaded = load_recipe(recipe, given, trust_code)  # type: ignore[arg-type]
         if dry_run:
             _show_plan(pipeline.dry_run(loaded), json)
             return

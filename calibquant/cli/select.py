@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.targets import TrustCode
 
 
 def select(
@@ -22,6 +23,7 @@ def select(
     count: Annotated[int | None, typer.Option(min=2, help="Images to choose. Default: the recipe's.")] = None,
     out: Annotated[Path, typer.Option(help="The manifest (CSV).")] = Path("manifest.csv"),
     listed: Annotated[bool, typer.Option("--list", help="List the strategies, and choose nothing.")] = False,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Choose the images that calibrate, and write a manifest of them."""
@@ -35,7 +37,7 @@ def select(
     keys = [*(overrides or [])]
     keys += [] if strategy is None else [f"calibration.strategy={strategy}"]
     keys += [] if count is None else [f"calibration.count={count}"]
-    loaded = load_recipe(recipe, keys)
+    loaded = load_recipe(recipe, keys, trust_code)
     with console.reporting(json) as reporter:
         manifest = choose(loaded, out=out, reporter=reporter)
     classes = Counter(row.label for row in manifest.rows if row.label is not None)

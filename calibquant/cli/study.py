@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.targets import TrustCode
 
 
 def study(
@@ -31,6 +32,7 @@ def study(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study. Default: selection in the recipe's runs.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Which calibration images serve best: strategies x sizes x draws x seeds, paired. The same command goes on."""
@@ -48,6 +50,7 @@ def study(
         shift,
         overrides or [],
         out,
+        trust_code,
     )
     with console.reporting(json) as reporter:
         found = selection.study_selection(planned, reporter)

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the Python code that the recipe of a run folder names.")
+]
 
 
 def run_and_overrides(target: Path | None, overrides: list[str] | None, runs: Path) -> tuple[Path, list[str]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from calibquant.cli import console
+from calibquant.cli.targets import TrustCode
 
 
 def train(
@@ -16,8 +17,9 @@ def train(
         list[str] | None, typer.Argument(help="Dotted recipe keys, e.g. train.epochs=40 data.root=….")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this interrupted training; recipe keys may change it.")
+        Path | None, typer.Option(help="Continue this interrupted training. The recipe is read from its folder.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Train a float network and leave a run folder with its weights, curves and accuracy."""
@@ -32,9 +34,9 @@ def train(
         raise RecipeError("calibquant train", "takes a recipe, or --resume RUN", "give one of the two")
     with console.reporting(json) as reporter:
         if resume is not None:
-            run = pipeline.resume_training(resume, reporter=reporter, overrides=keys)
+            run = pipeline.resume_training(resume, reporter=reporter, overrides=keys, trust_code=trust_code)
         else:
-            run = pipeline.train(load_recipe(recipe, keys), reporter=reporter)  # type: ignore[arg-type]
+            run = pipeline.train(load_recipe(recipe, keys, trust_code), reporter=reporter)  # type: ignore[arg-type]
     if json:
         console.print_json({"run": str(run.folder), **run.metrics})
         return

@@ -52,6 +52,11 @@ from calibquant.quantization.quantizers import ActivationQuantizer, WeightQuanti
 from calibquant.runfolder import FORMAT_VERSION, RunFolder, open_run
 
 MODEL, GRAPH = "model.safetensors", "graph.json"
+# What the parts of a damaged or hostile artifact raise: fields of other types, shapes beyond any memory.
+DAMAGE = (
+    KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
+    MemoryError, SafetensorError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,10 +232,10 @@ def load_artifact(folder: RunFolder) -> QuantModel:
         raise RunFolderError(folder.path / MODEL, f"is damaged ({error})", "restore it or quantize again") from None
     try:
         return _rebuild(description, stored)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
         raise RunFolderError(
             folder.path / GRAPH,
-            f"does not fit {MODEL} ({type(error).__name__}: {error})",
+            f"does not fit {MODEL} ({type(error).__name__}: {str(error)[:200]})",
             "restore it or quantize again",
         ) from None
 

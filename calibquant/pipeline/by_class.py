@@ -10,7 +10,7 @@ from calibquant.data import ImageSet
 from calibquant.errors import DataError
 from calibquant.evaluation import Evaluation
 from calibquant.evaluation.classes import class_names, class_scores, confusion_csv, most_confused
-from calibquant.runfolder import check_file, make_folder, write_atomic
+from calibquant.runfolder import check_file, make_folder, write_alone
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ByClass:
             found["classes"] = [asdict(row) for row in class_scores(counts, names)]
         if self.confusion is not None:
             make_folder(self.confusion.parent)
-            write_atomic(self.confusion, confusion_csv(counts, names).encode())
+            write_alone(self.confusion, confusion_csv(counts, names).encode())
             pairs = [asdict(pair) for pair in most_confused(counts, names)]
             found["confusion"] = {"file": str(self.confusion), "most_confused": pairs}
         return found

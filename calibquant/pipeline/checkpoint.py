@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -33,7 +34,9 @@ class Progress:
     layers: list[LayerReport] = field(default_factory=list)
 
 
-def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progress: Progress) -> None:
+def save_checkpoint(
+    folder: RunFolder, model: QuantModel, manifest: str, progress: Progress, recipe: dict[str, Any]
+) -> None:
     """Store the quantizers and the reports so far.
 
     The tensors go to a file of their own for each layer or unit, and the small JSON file that names it is replaced
@@ -44,6 +47,7 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progres
         model: the network as it is by now.
         manifest: the text of manifest.csv; going on needs the same images.
         progress: how far it has come.
+        recipe: the fields of the run's recipe; continuing it needs the same but for a few.
     """
     done = len(progress.layers) + len(progress.reports)
     name = f"checkpoint-{done:04d}.safetensors"
@@ -54,6 +58,7 @@ def save_checkpoint(folder: RunFolder, model: QuantModel, manifest: str, progres
         "sha256": sha256(data),
         "network": network_hash(model),
         "images": sha256(manifest.encode()),
+        "recipe": recipe,
         "layers": [asdict(report) for report in progress.layers],
         "units": [asdict(report) for report in progress.reports],
         "nearest": progress.nearest,
@@ -86,5 +91,7 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
         reports = [UnitReport(**row) for row in stored["units"]]
         layers = [LayerReport(**row) for row in stored.get("layers", [])]  # earlier versions had none
         return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]), layers)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
+        raise RunFolderError(
+            where, f"is damaged ({str(error)[:200]})", "delete the hidden folder and quantize again"
+        ) from None

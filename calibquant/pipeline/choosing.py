@@ -15,7 +15,7 @@ from calibquant.errors import DataError
 from calibquant.pipeline.preparing import open_candidates
 from calibquant.pipeline.reporting import Reporter, Silent, warn
 from calibquant.recipe import Recipe, changed, idle_fields, valid
-from calibquant.runfolder import check_file, make_folder, write_atomic
+from calibquant.runfolder import check_file, make_folder, write_alone
 from calibquant.selection import Judgement, labelled_pool
 from calibquant.selection import judge as judge_pool
 
@@ -77,7 +77,7 @@ def select(
     manifest = candidates.choose().manifest
     if out is not None:
         make_folder(Path(out).parent)
-        write_atomic(Path(out), manifest_csv(manifest).encode())
+        write_alone(Path(out), manifest_csv(manifest).encode())
     return manifest
 
 

@@ -16,7 +16,7 @@ from calibquant.export.file_names import FLOAT
 from calibquant.export.session import open_session
 from calibquant.parallel import set_threads
 from calibquant.pipeline.by_class import NONE, ByClass
-from calibquant.pipeline.measuring import measure, run_recipe, saved_network, warn_of_images
+from calibquant.pipeline.measuring import RECIPE, measure, run_recipe, saved_network, warn_of_images
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, note
 from calibquant.recipe import Recipe, load_recipe
@@ -29,6 +29,7 @@ def evaluate_onnx(
     overrides: list[str] | None = None,
     reporter: Reporter | None = None,
     by_class: ByClass = NONE,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Measure an ONNX file through ONNX Runtime; one in a run folder also beside what it was made of.
 
@@ -38,6 +39,7 @@ def evaluate_onnx(
         overrides: dotted recipe keys, e.g. another `data.root`.
         reporter: hears of steps and progress.
         by_class: what else is asked for, of the file's own predictions.
+        trust_code: whether code that the run's recipe names may be run, where the float network is needed.
 
     Returns:
         `file`, `recipe`, the scores under `deployed`, and under `skipped` the names of unreadable images that were left
@@ -49,14 +51,17 @@ def evaluate_onnx(
         CalibQuantError: file, recipe, run or images cannot be read.
     """
     reporter = reporter or Silent()
-    data = _read(path)
-    beside = path.parent / "recipe.yaml"
-    in_run = (path.parent / RECEIPT).is_file()
-    folder = open_run(path.parent) if in_run else None
+    beside = path.parent / RECIPE
+    folder = open_run(path.parent) if (path.parent / RECEIPT).is_file() else None
+    data = _read(path) if folder is None else folder.read(path.name)
     if recipe_file is None and not beside.is_file():
         raise RecipeError(beside, "there is no recipe beside the file", "name one with --recipe FILE")
-    recipe = load_recipe(recipe_file or beside, overrides)
-    own = recipe if folder is None or recipe_file is None else run_recipe(folder)  # names the network, not the images
+    if folder is not None and recipe_file is None:
+        recipe = run_recipe(folder, overrides, trust_code)
+    else:
+        recipe = load_recipe(recipe_file or beside, overrides, trust_code, own=recipe_file is not None)
+    # Of a run its own recipe names the network, and the one that is given the images.
+    own = recipe if folder is None or recipe_file is None else run_recipe(folder, None, trust_code)
     set_threads(recipe.threads)
     images = open_set(recipe, "evaluation")
     warn_of_images(recipe, images, reporter)
@@ -104,7 +109,7 @@ def _side_by_side(
 def _float_network(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> nn.Module | None:
     """The float network: float.onnx, which parity has compared, or the recipe's; None where neither is there."""
     try:
-        if FLOAT in folder.read_json(RECEIPT)["files"]:
+        if folder.has(FLOAT):
             return _mounted(
                 OnnxNetwork(open_session(str(folder.path / FLOAT), folder.read(FLOAT), recipe.threads)), recipe
             )

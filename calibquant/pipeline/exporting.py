@@ -38,7 +38,16 @@ from calibquant.pipeline.reporting import Reporter, Silent, begin, note
 from calibquant.pipeline.run_inputs import CALIBRATION, PARITY, RunInputs, run_inputs
 from calibquant.quantization import QuantModel
 from calibquant.recipe import Recipe
-from calibquant.runfolder import RECEIPT, RunFolder, check_place, disk_error, make_folder, open_run
+from calibquant.runfolder import (
+    WAIT,
+    RunFolder,
+    alone,
+    check_place,
+    disk_error,
+    make_folder,
+    open_run,
+    shared_folder,
+)
 
 Made = TypeVar("Made")
 FORMATS = ("onnx", "record", "amct", "packed", "vectors")
@@ -150,6 +159,7 @@ def export_run(
     overrides: Sequence[str] = (),
     shape: Sequence[int] | None = None,
     reporter: Reporter | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Export a saved run.
 
@@ -161,6 +171,7 @@ def export_run(
         overrides: dotted recipe keys, such as another data.root.
         shape: of one image, for runs of live images.
         reporter: hears of steps.
+        trust_code: whether code that the run's recipe names may be run, which makes the float network.
 
     Returns:
         `run`, `out`, `files` (name, bytes, opset, share of the float network's bytes), and with ONNX files `parity`,
@@ -174,7 +185,7 @@ def export_run(
     _check_arguments(formats, storage)
     folder = open_run(run)
     check_place(out or run)
-    recipe = run_recipe(folder, list(overrides))
+    recipe = run_recipe(folder, list(overrides), trust_code)
     set_threads(recipe.threads)
     begin(reporter, 1, 3, f"Load {run}")
     model = load_artifact(folder)
@@ -185,7 +196,7 @@ def export_run(
     begin(reporter, 2, 3, "Make the files and compare them with the simulation")
     if "onnx" in formats and inputs is not None:
         missing = inputs.missing
-        if missing and FLOAT in folder.read_json(RECEIPT)["files"]:
+        if missing and folder.has(FLOAT):
             missing += "; the one in the run stays"
         made = export_files(inputs.model, in_chunks(inputs.tensors), storage, missing, recipe.threads, inputs.what)  # type: ignore[arg-type]
         files |= made.files
@@ -232,18 +243,18 @@ def _write(folder: RunFolder, files: dict[str, bytes], out: Path | None, stored:
     if out is None:
         folder.add(files)
         return
-    make_folder(out)
-    for name in stored:
-        RunFolder(out).write(name, folder.read(name))
-    for name, data in sorted(files.items(), key=lambda item: item[0] == PARITY):  # last: with it all is there
-        RunFolder(out).write(name, data)
+    with shared_folder(out) as there:
+        for name in stored:
+            there.write(name, folder.read(name))
+        for name, data in sorted(files.items(), key=lambda item: item[0] == PARITY):  # last: with it all is there
+            there.write(name, data)
 
 
 def _vectors(inputs: RunInputs, out: Path) -> None:
     """Test vectors of a few images; the folder appears when it is complete."""
     program = make_program(inputs.model)
     make_folder(out)
-    with _fresh_folder(out / VECTORS) as folder:
+    with alone(out, WAIT), _fresh_folder(out / VECTORS) as folder:
         write_vectors(program, [x[:VECTOR_IMAGES].numpy() for x in inputs.tensors], folder)
 
 

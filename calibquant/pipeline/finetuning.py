@@ -16,12 +16,13 @@ from calibquant import parallel
 from calibquant.data import ImageSet, check_labels
 from calibquant.errors import ModelError, RunFolderError
 from calibquant.evaluation import Evaluation, evaluate
-from calibquant.export.artifact import GRAPH, MODEL, artifact_tensors, plan_of, restore
+from calibquant.export.artifact import DAMAGE, GRAPH, MODEL, artifact_tensors, plan_of, restore
 from calibquant.metrics import mcnemar
 from calibquant.pipeline.live import Live
 from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import learned_preprocess, open_set
 from calibquant.pipeline.reporting import log, note
+from calibquant.pipeline.resuming import again, fields_of
 from calibquant.pipeline.stages import Job
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.training import length_of, line_of
@@ -64,25 +65,38 @@ def adopt_plan(folder: RunFolder, start: Path) -> None:
 
 
 def adopted_plan(folder: RunFolder) -> tuple[QuantPlan | None, str | None]:
-    """The plan that `adopt_plan` kept, and the run's name; None for both in a run of its own."""
+    """The plan that `adopt_plan` kept, and the run's name; None for both in a run of its own.
+
+    Raises:
+        RunFolderError: what was kept is damaged.
+    """
     if not (folder.path / START).is_file():
         return None, None
     kept = folder.read_json(START)
-    return plan_of(kept["graph"]), kept["run"]
+    try:
+        return plan_of(kept["graph"]), str(kept["run"])
+    except DAMAGE as error:
+        raise RunFolderError(folder.path / START, f"is damaged ({error})", "begin the run again") from None
 
 
 def adopt(job: Job, start: Path) -> None:
     """Give the network the codes, scales and biases of a finished run.
 
     Raises:
-        RunFolderError: the run is of another network.
+        RunFolderError: the run is damaged, or of another network.
     """
     run = open_run(start)
-    own = {row["parameter"] for row in run.read_json(GRAPH)["nodes"] if row["op"] == "get_attr"}
-    if network_hash(job.model, own) != run.read_json(RECEIPT)["network"]:
+    try:
+        own = {row["parameter"] for row in run.read_json(GRAPH)["nodes"] if row["op"] == "get_attr"}
+    except DAMAGE as error:
+        raise RunFolderError(start / GRAPH, f"is damaged ({error})", "name another run") from None
+    if network_hash(job.model, own) != run.read_json(RECEIPT).get("network"):
         mend = "name the network and the weights that it was made of"
         raise RunFolderError(start, "is of another network than the recipe's", mend)
-    restore(job.model, load_safetensors(run.read(MODEL)))
+    try:
+        restore(job.model, load_safetensors(run.read(MODEL)))
+    except DAMAGE as error:
+        raise RunFolderError(start / MODEL, f"does not fit {GRAPH} ({error})", "name another run") from None
     job.model.to(job.device)
 
 
@@ -149,16 +163,14 @@ def _fit(
 ) -> nn.Module:
     def save(now: Training) -> None:
         log.info("%s", line_of(now.reports[-1]))
-        save_training(folder, now, images, STATE)
+        save_training(folder, now, images, fields_of(job.recipe), STATE)
 
     try:
         settings, progress = objective.settings, job.reporter.progress
         return fit(training, source, settings, objective, accuracy, save, progress, keep_best=False)
     except ModelError as error:
-        run = final_path(folder.path)
-        mend = (
-            f"use a lower finetune.lr, or go on from the last epoch: calibquant finetune --resume {run} finetune.lr=…"
-        )
+        command = f"calibquant finetune --resume {final_path(folder.path)}{again(job.recipe)} finetune.lr=…"
+        mend = f"use a lower finetune.lr, or go on from the last epoch: {command}"
         raise ModelError(error.where, error.problem, mend) from error
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from calibquant.data import ImageSet, batches
@@ -20,8 +19,11 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.pipeline.selecting import warn_beyond
-from calibquant.recipe import Recipe, make_recipe
+from calibquant.recipe import Recipe, make_recipe, parse_tree
 from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
+from calibquant.strangers import MOST_RECIPE
+
+RECIPE = "recipe.yaml"
 
 
 def measure(
@@ -47,7 +49,11 @@ def warn_of_images(recipe: Recipe, images: ImageSet, reporter: Reporter) -> None
 
 
 def evaluate_run(
-    path: Path, overrides: list[str], reporter: Reporter | None = None, by_class: ByClass = NONE
+    path: Path,
+    overrides: list[str],
+    reporter: Reporter | None = None,
+    by_class: ByClass = NONE,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a saved run again, from its files, on the images its recipe names.
 
@@ -56,6 +62,7 @@ def evaluate_run(
         overrides: dotted recipe keys, e.g. another `data.root`.
         reporter: hears of steps and progress.
         by_class: what else is asked for.
+        trust_code: whether code that the run's recipe names may be run, where the float network is needed.
 
     Returns:
         `run`, `setting`, the scores under `quantized`, and under `skipped` the names of unreadable images left out; for
@@ -67,9 +74,10 @@ def evaluate_run(
     reporter = reporter or Silent()
     folder = open_run(path, (QUANTIZATION, TRAINING))
     if kind_of(folder) == TRAINING:
-        weights = f"model.weights={folder.path / TRAINED}"
-        return {"run": str(path)} | evaluate_float(run_recipe(folder, [weights, *overrides]), reporter, by_class)
-    recipe = run_recipe(folder, overrides)
+        weights = f"model.weights={folder.path_of(TRAINED)}"
+        recipe = run_recipe(folder, [weights, *overrides], trust_code)
+        return {"run": str(path)} | evaluate_float(recipe, reporter, by_class)
+    recipe = run_recipe(folder, overrides, trust_code)
     begin(reporter, 1, 2, f"Load {path}")
     network, images = saved_network(folder, recipe), open_set(recipe, "evaluation")
     warn_of_images(recipe, images, reporter)
@@ -104,9 +112,9 @@ def saved_network(folder: RunFolder, recipe: Recipe) -> nn.Module:
 
 def _check_weights(folder: RunFolder, recipe: Recipe) -> None:
     """Check that the network around a quantized part has the weights that the run was made with."""
-    made_with, path = folder.read_json(RECEIPT)["weights"], recipe.model.weights
+    made_with, path = folder.read_json(RECEIPT).get("weights"), recipe.model.weights
     found = None if path is None else sha256(path.read_bytes())
-    if found != (made_with and made_with["sha256"]):
+    if found != (made_with.get("sha256") if isinstance(made_with, dict) else None):
         problem = "is not the file that the run was made with (its hash is not the receipt's)"
         raise RunFolderError(path or "model.weights", problem, "give that file with model.weights=…")
 
@@ -135,13 +143,19 @@ def evaluate_float(recipe: Recipe, reporter: Reporter | None = None, by_class: B
     return scores | by_class.of(result, images) | {"skipped": sorted(images.skipped)}
 
 
-def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a run folder, with overrides.
+def run_recipe(folder: RunFolder, overrides: list[str] | None = None, trust_code: bool = False) -> Recipe:
+    """The recipe of a run folder, with overrides. Its own `runs` does not count: the user says where files go.
+
+    Args:
+        folder: the run.
+        overrides: dotted recipe keys.
+        trust_code: whether code that the run's recipe names may be run; what an override names is the user's own.
 
     Raises:
-        RecipeError: an override is not valid, or names a preset, which would change nothing.
+        RecipeError: the recipe or an override is not valid, or one names a preset, which would change nothing.
     """
     if any(key.partition("=")[0].strip() == "preset" for key in overrides or []):
         problem = "sets what a recipe leaves open, and a run's recipe has every field written out"
         raise RecipeError("override, preset", problem, "override the fields themselves, e.g. finetune.weights=arq")
-    return make_recipe(yaml.safe_load(folder.read("recipe.yaml")), overrides, str(folder.path / "recipe.yaml"))
+    where = folder.path / RECIPE
+    return make_recipe(parse_tree(folder.read(RECIPE, MOST_RECIPE), where), overrides, str(where), True, trust_code)

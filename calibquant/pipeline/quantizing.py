@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.live import Live, as_path, checked_live
 from calibquant.pipeline.measuring import run_recipe
 from calibquant.pipeline.reporting import Reporter, Silent, log_to, note, warn
+from calibquant.pipeline.resuming import again, changes_of, continued_recipe, fields_of
 from calibquant.pipeline.stages import (
     Steps,
     calibrate,
@@ -99,7 +101,8 @@ def quantize(
         'W4A4'
     """
     recipe, live = with_network_defaults(valid(recipe)), checked_live(network, calibration, evaluation)
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], recipe.setting.lower()))) as folder:
+    stem = run_stem(recipe, live[0], recipe.setting.lower())
+    with run_folder(lambda: new_run(recipe.runs, stem, flags=again(recipe))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         return _run(folder, recipe, live, reporter or Silent())
 
@@ -111,15 +114,18 @@ def finetune(
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
+    trust_code: bool = False,
 ) -> Run:
-    """Train the quantized network of a finished run further, and leave a run folder of its own.
+    """Train the quantized network of a finished run further, and leave a run folder beside it.
 
     A recipe with a section `finetune` does the same at the end of `quantize`.
 
     Args:
         start: the run; its codes, scales and biases are where training begins.
-        overrides: dotted recipe keys, e.g. finetune.epochs=10; without a section `finetune` its defaults hold.
+        overrides: dotted recipe keys, e.g. finetune.epochs=10; without a section `finetune` its defaults hold. `runs`
+            names another folder for the new run.
         network, calibration, evaluation, reporter: as `quantize` takes them; all calibration images are trained on.
+        trust_code: whether code that the run's recipe names may be run, to make the float network.
 
     Raises:
         CalibQuantError: something about the run, its network or images, or the loss diverges.
@@ -136,11 +142,13 @@ def finetune(
     """
     start, live = as_path(start, "start"), checked_live(network, calibration, evaluation)
     done = open_run(start)
-    recipe = run_recipe(done, overrides)
+    keys = [f"runs={json.dumps(str(beside(start)))}", *(overrides or [])]
+    recipe = run_recipe(done, keys, trust_code)
     if recipe.finetune is None:
-        recipe = run_recipe(done, ["finetune={}", *(overrides or [])])
-    _check_adopted(recipe, run_recipe(done), start)
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], f"{recipe.setting.lower()}-qat"))) as folder:
+        recipe = run_recipe(done, ["finetune={}", *keys], trust_code)
+    _check_adopted(recipe, run_recipe(done, None, trust_code), start)
+    stem = run_stem(recipe, live[0], f"{recipe.setting.lower()}-qat")
+    with run_folder(lambda: new_run(recipe.runs, stem, flags=again(recipe))) as folder:
         folder.write("recipe.yaml", recipe.to_yaml())
         adopt_plan(folder, start)
         return _run(folder, recipe, live, reporter or Silent(), start)
@@ -152,6 +160,16 @@ def _check_adopted(recipe: Recipe, own: Recipe, start: Path) -> None:
         if value_at(recipe, field) != value_at(own, field):
             problem = f"is {value_at(own, field)} in {start}, and a run that is trained further keeps it"
             raise RecipeError(f"override, {field}", problem, "leave the override out, or quantize again with it")
+
+
+def beside(run: Path) -> Path:
+    """The folder that a run lies in.
+
+    Example:
+        >>> beside(Path("runs/resnet18-w4a4-001")), beside(Path("runs/x/..")) == Path.cwd()
+        (PosixPath('runs'), True)
+    """
+    return run.parent if run.name not in ("", "..") else run.resolve().parent
 
 
 def with_network_defaults(recipe: Recipe) -> Recipe:
@@ -168,23 +186,29 @@ def resume(
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
     overrides: list[str] | None = None,
+    trust_code: bool = False,
 ) -> Run:
-    """Go on with a run that was interrupted while it learned; it ends as if it had not been.
+    """Continue a run that was interrupted while it learned; it ends as if it had not been.
 
     Args:
         run: the folder that the run would have left.
         network, calibration, evaluation, reporter: as `quantize` got them.
-        overrides: dotted recipe keys to go on with other settings, e.g. a lower finetune.lr after a loss that diverged.
+        overrides: dotted recipe keys; only those of `resuming.MAY_CHANGE` may have another value than before, e.g.
+            threads, or a lower finetune.lr after a loss that diverged.
+        trust_code: whether code that the run's recipe names may be run, to make the network.
 
     Raises:
-        CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
+        CalibQuantError: there is no such run, its checkpoint is damaged, another process works at it, or recipe,
+            network or images have changed.
 
     Example:
         >>> calibquant.pipeline.resume(Path("runs/cifar_resnet20-w2a2-001"))  # doctest: +SKIP
     """
     run, live = as_path(run, "run"), checked_live(network, calibration, evaluation)
-    with run_folder(lambda: interrupted_run(run)) as folder:
-        return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
+    flags = " --trust-code" if trust_code else ""
+    with run_folder(lambda: interrupted_run(run, flags=flags)) as folder:
+        recipe = continued_recipe(folder, run, overrides, trust_code)
+        return _run(folder, recipe, live, reporter or Silent())
 
 
 @torch.inference_mode(False)
@@ -209,7 +233,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
             else:
                 adopt(job, start)
                 progress = Progress([], settle(job), dict(steps.seconds))
-                save_checkpoint(folder, job.model, manifest, progress)
+                save_checkpoint(folder, job.model, manifest, progress, fields_of(recipe))
         else:
             steps.seconds.update(progress.seconds)
             layers = f"{len(progress.layers)} rounded layers and " if rounds(recipe) else ""
@@ -220,7 +244,9 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
         if own and learns(recipe):
             progress = learn(job, folder, progress)
         if recipe.finetune is not None and not (folder.path / CHECKPOINT).is_file():
-            save_checkpoint(folder, job.model, manifest, progress)  # what a run goes on from that is stopped later
+            save_checkpoint(
+                folder, job.model, manifest, progress, fields_of(recipe)
+            )  # what a run goes on from that is stopped later
         if own and corrects(recipe):
             correct_all(job, folder)
         if recipe.finetune is not None:
@@ -243,7 +269,7 @@ def _run(folder: RunFolder, recipe: Recipe, live: Live, reporter: Reporter, star
                 | ({"warnings": idle} if idle else {})
                 | ({} if started_from is None else {"started_from": started_from})
             )
-            machine = {"threads": torch.get_num_threads(), "device": str(job.device)}
+            machine = {"threads": torch.get_num_threads(), "device": str(job.device)} | changes_of(folder)
             write_run(folder, recipe, job.prepared, job.model, metrics, deployed.files, machine)
             folder.remove("checkpoint*")
     return Run(parallel.first(final_path(folder.path)), job.model, metrics, quantized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def run_inputs(
         DataError: the images are not there, or are not those that the run was calibrated on.
         RunFolderError: the run was calibrated on live images, and no shape fits its network.
     """
-    manifest = read_manifest(folder.path / "manifest.csv")
+    manifest = read_manifest(folder.path_of("manifest.csv"))
     live = recipe.data.kind is None or manifest.rows[0].path.startswith("tensor#")
     host, missing = _host(recipe)
     if live or (host is None and recipe.model.submodule is not None):
@@ -88,7 +89,7 @@ def _upon(teacher: fx.GraphModule, model: QuantModel, folder: RunFolder) -> Quan
     if [node.name for node in teacher.graph.nodes] != [node.name for node in model.teacher.graph.nodes]:
         return None
     made = QuantModel(teacher, model.plan, shared=model)
-    return made if network_hash(made) == folder.read_json(RECEIPT)["network"] else None
+    return made if network_hash(made) == folder.read_json(RECEIPT).get("network") else None
 
 
 def entering(prepared: Prepared, count: int = IMAGES) -> Iterator[tuple[Tensor, ...]]:
@@ -153,9 +154,18 @@ def _between(random: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
 
 def _known_shapes(folder: RunFolder, graph: fx.GraphModule) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of one image for each input: those of an earlier export, then likely ones."""
-    if PARITY in folder.read_json(RECEIPT)["files"]:
-        yield [tuple(size) for size in folder.read_json(PARITY)["input"]]
+    if folder.has(PARITY):
+        stored = folder.read_json(PARITY)
+        sizes = stored.get("input") if isinstance(stored, dict) else None
+        if isinstance(sizes, list) and all(_is_size(size) for size in sizes):
+            yield [tuple(size) for size in sizes]
     yield from ([size] for size in _shapes(graph))
+
+
+def _is_size(value: object) -> bool:
+    """Whether this is the shape of an image that a network may take, of at most 64 million numbers."""
+    numbers = value if isinstance(value, list) else []
+    return 0 < len(numbers) <= 4 and all(type(n) is int and n > 0 for n in numbers) and math.prod(numbers) < 1 << 26
 
 
 def _shapes(graph: fx.GraphModule) -> Iterator[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calibquant import parallel
 from calibquant.data import ImageSet, manifest_csv, read_manifest
-from calibquant.errors import RecipeError
+from calibquant.errors import RecipeError, RunFolderError
 from calibquant.evaluation import Evaluation
 from calibquant.export.artifact import artifact_tensors, restore
 from calibquant.parallel import resolve_device
@@ -25,6 +25,7 @@ from calibquant.pipeline.measuring import measure, warn_of_images
 from calibquant.pipeline.mixing import Mixture, mix
 from calibquant.pipeline.preparing import Prepared, prepare
 from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, note
+from calibquant.pipeline.resuming import fields_of
 from calibquant.quantization import (
     QuantModel,
     QuantPlan,
@@ -217,7 +218,10 @@ def _mixture(
 ) -> Mixture:
     """The chosen bits; a run that goes on has them from its folder."""
     if folder is not None and (folder.path / MIXED).is_file():
-        return Mixture(**folder.read_json(MIXED))
+        try:
+            return Mixture(**folder.read_json(MIXED))
+        except TypeError:
+            raise RunFolderError(folder.path / MIXED, "is damaged", "begin the run again") from None
     mixture = mix(recipe, prepared, device, reporter)
     if folder is not None:
         folder.write_json(MIXED, asdict(mixture))
@@ -257,7 +261,7 @@ def round_again(job: Job, folder: RunFolder, before: Progress) -> Progress:
             )
             for report in rounded:
                 found = replace(found, layers=[*found.layers, report])
-                save_checkpoint(folder, model, manifest, found)
+                save_checkpoint(folder, model, manifest, found, fields_of(job.recipe))
                 _log("layer", report.layer, "error", report)
         _fit_biases(job)  # scales may have become smaller
         agree(job)
@@ -287,7 +291,7 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
         )
         for report in learned:
             found = replace(found, reports=[*found.reports, report])
-            save_checkpoint(folder, model, manifest, found)
+            save_checkpoint(folder, model, manifest, found, fields_of(job.recipe))
             _log("unit", f"{report.unit}, {report.phase}", "loss", report)
         agree(job)
     rolled = sum(not report.kept for report in found.reports)
@@ -298,7 +302,10 @@ def learn(job: Job, folder: RunFolder, before: Progress) -> Progress:
 def _within_time(job: Job, folder: RunFolder, images: Tensor) -> ReconstructRecipe:
     """The iterations that fit the recipe's time; a run that goes on has them from its folder."""
     if (folder.path / PLANNED).is_file():
-        settings = ReconstructRecipe.model_validate(folder.read_json(PLANNED))
+        try:
+            settings = ReconstructRecipe.model_validate(folder.read_json(PLANNED))
+        except ValueError:
+            raise RunFolderError(folder.path / PLANNED, "is damaged", "begin the run again") from None
     else:
         settings = within_time(job.model, images, job.recipe.reconstruct, job.recipe.seed, job.device)
         folder.write_json(PLANNED, settings.model_dump(mode="json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import torch
 
@@ -19,7 +20,9 @@ def fingerprint(images: ImageSet) -> str:
     return sha256("".join(rows).encode())
 
 
-def save_training(folder: RunFolder, training: Training, images: str, name: str = CHECKPOINT) -> None:
+def save_training(
+    folder: RunFolder, training: Training, images: str, recipe: dict[str, Any], name: str = CHECKPOINT
+) -> None:
     """Store the state after an epoch.
 
     The small JSON file that names the file of the state is replaced last: killed at any moment, the folder holds either
@@ -29,6 +32,7 @@ def save_training(folder: RunFolder, training: Training, images: str, name: str 
         folder: the run's folder.
         training: its state.
         images: fingerprint of the images that it learns from.
+        recipe: the fields of the run's recipe; continuing it needs the same but for a few.
         name: of the small file.
     """
     done = len(training.reports)
@@ -36,9 +40,9 @@ def save_training(folder: RunFolder, training: Training, images: str, name: str 
     torch.save(training.state(), buffer)
     data, state = buffer.getvalue(), f"checkpoint-{done:04d}.pt"
     folder.write(state, data)
-    folder.write_json(
-        name, {"kind": TRAINING, "state": state, "sha256": sha256(data), "images": images, "epochs": done}
-    )
+    folder.write_json(name, {
+        "kind": TRAINING, "state": state, "sha256": sha256(data), "images": images, "recipe": recipe, "epochs": done,
+    })  # fmt: skip
     for old in folder.path.glob("checkpoint-*.pt"):
         if old.name != state:
             old.unlink(missing_ok=True)

@@ -19,9 +19,10 @@ from calibquant.parallel import fit_threads, resolve_device, set_threads, synchr
 from calibquant.pipeline.curves import curves_png
 from calibquant.pipeline.folders import run_folder
 from calibquant.pipeline.live import Live, as_path, check_weights_file, checked_live
-from calibquant.pipeline.measuring import measure, run_recipe
+from calibquant.pipeline.measuring import measure
 from calibquant.pipeline.preparing import build, learned_preprocess, measured, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, enough_memory, log, log_to, note, warn
+from calibquant.pipeline.resuming import again, changes_of, continued_recipe, fields_of
 from calibquant.pipeline.train_checkpoint import fingerprint, load_training, save_training
 from calibquant.pipeline.writing import run_stem, versions
 from calibquant.recipe import AugmentRecipe, Recipe, TrainRecipe, idle_fields, valid
@@ -101,7 +102,8 @@ def train(
     """
     recipe, live = valid(recipe), checked_live(network, images, evaluation)
     settings(recipe)
-    with run_folder(lambda: new_run(recipe.runs, run_stem(recipe, live[0], "train"), TRAINING)) as folder:
+    stem = run_stem(recipe, live[0], "train")
+    with run_folder(lambda: new_run(recipe.runs, stem, TRAINING, again(recipe))) as folder:
         return _run(folder, recipe, live, reporter or Silent())
 
 
@@ -112,20 +114,26 @@ def resume_training(
     evaluation: ImageSet | None = None,
     reporter: Reporter | None = None,
     overrides: list[str] | None = None,
+    trust_code: bool = False,
 ) -> TrainedRun:
-    """Go on with a training that was interrupted; it ends with the same bytes of weights as if it had not been.
+    """Continue a training that was interrupted; it ends with the same bytes of weights as if it had not been.
 
     Args:
         run: the folder that the run would have left.
-        overrides: dotted recipe keys to go on with other settings, e.g. a lower train.lr after a loss that diverged.
+        overrides: dotted recipe keys; only those of `resuming.MAY_CHANGE` may have another value than before, e.g. a
+            lower train.lr after a loss that diverged.
         network, images, evaluation, reporter: as `train` got them.
+        trust_code: whether code that the run's recipe names may be run, to make the network.
 
     Raises:
-        CalibQuantError: there is no such run, its checkpoint is damaged, or network or images have changed.
+        CalibQuantError: there is no such run, its checkpoint is damaged, another process works at it, or recipe,
+            network or images have changed.
     """
     run, live = as_path(run, "run"), checked_live(network, images, evaluation)
-    with run_folder(lambda: interrupted_run(run, TRAINING)) as folder:
-        return _run(folder, run_recipe(folder, overrides), live, reporter or Silent())
+    flags = " --trust-code" if trust_code else ""
+    with run_folder(lambda: interrupted_run(run, TRAINING, flags)) as folder:
+        recipe = continued_recipe(folder, run, overrides, trust_code)
+        return _run(folder, recipe, live, reporter or Silent())
 
 
 def line_of(report: EpochReport) -> str:
@@ -174,7 +182,7 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
     def save(training: Training) -> None:
         log.info("%s", line_of(training.reports[-1]))
         if folder is not None:
-            save_training(folder, training, job.images)
+            save_training(folder, training, job.images, fields_of(recipe))
 
     try:
         return fit(
@@ -189,8 +197,8 @@ def train_network(job: Job, recipe: Recipe, reporter: Reporter, folder: RunFolde
     except ModelError as error:
         if folder is None or not (folder.path / CHECKPOINT).is_file():
             raise
-        run = final_path(folder.path)
-        mend = f"{error.mend}, or go on from the last checkpoint: calibquant train --resume {run} train.lr=…"
+        command = f"calibquant train --resume {final_path(folder.path)}{again(recipe)} train.lr=…"
+        mend = f"{error.mend}, or go on from the last checkpoint: {command}"
         raise ModelError(error.where, error.problem, mend) from error
 
 
@@ -312,4 +320,5 @@ def _write(
         **versions(),
         "seed": recipe.seed,
         **machine,
+        **changes_of(folder),
     })  # fmt: skip

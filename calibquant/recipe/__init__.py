@@ -31,7 +31,7 @@ from calibquant.recipe.learning import (
     Sampling,
     TrainRecipe,
 )
-from calibquant.recipe.loading import changed, load_recipe, make_recipe, valid
+from calibquant.recipe.loading import changed, load_recipe, make_recipe, parse_tree, valid
 from calibquant.recipe.models import EvaluationRecipe, ExportRecipe, Recipe
 from calibquant.recipe.presets import PRESETS
 from calibquant.recipe.quant import (
@@ -54,5 +54,5 @@ __all__ = [
     "CalibrationRecipe", "DataRecipe", "EvaluationRecipe", "ExportRecipe", "FinetuneRecipe", "Granularity", "GridKind",
     "Idle", "MixedRecipe", "ModelRecipe", "NetworkRecipe", "Observer", "Placement", "Preprocess", "QuantRecipe",
     "Recipe", "ReconstructRecipe", "Sampling", "TrainRecipe", "WeightRecipe", "changed", "has_bits", "idle_fields",
-    "load_recipe", "make_recipe", "parse_strategy", "valid",
+    "load_recipe", "make_recipe", "parse_strategy", "parse_tree", "valid",
 ]  # fmt: skip

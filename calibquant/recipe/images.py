@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from calibquant.errors import DataError, nearest
 from calibquant.recipe.section import Positive, Section, conflict
@@ -28,6 +28,19 @@ class ModelRecipe(Section):
     options: dict[str, Any] = Field(default={}, description="arguments of its builder, e.g. {padding: tf_same}")
     weights: Path | None = Field(default=None, description="state_dict file; none keeps the random initialization")
     submodule: str | None = Field(default=None, description="dotted name of the part to quantize, e.g. backbone")
+    # Of `name` and `options` those that a run folder's recipe gives, with its path; what the user gives is not there.
+    _strangers: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def strangers(self) -> dict[str, str]:
+        """Which of `name` and `options` a run folder gives, not the user, and the recipe there by its path."""
+        return self._strangers
+
+    def given_by(self, strangers: dict[str, str]) -> ModelRecipe:
+        """The same section with other `strangers`."""
+        own = self.model_copy()
+        own._strangers = strangers
+        return own
 
 
 class Preprocess(Section):

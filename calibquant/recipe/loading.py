@@ -24,26 +24,41 @@ from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import merged
 from calibquant.recipe.section import Section, given, keep_given, section_of
 from calibquant.recipe.shipped import located
+from calibquant.strangers import MOST_RECIPE, in_run_folder, read_bounded, read_regular
 
 STANDARD_INPUT = Path("-")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Fields of a recipe that stand together, and the name by which errors call the place they come from."""
+    """Fields of a recipe that stand together.
+
+    Args:
+        source: the name by which errors call the place they come from.
+        tree: the fields.
+        stranger: whether they come from a run folder, which is data: it names no code that is run and no place that is
+            written to.
+    """
 
     source: str
     tree: dict[str, Any]
+    stranger: bool = False
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, trust_code: bool = False, own: bool = True
+) -> Recipe:
     """Read a recipe file with the files that it includes, and apply dotted overrides.
+
+    A file in a run folder is data: its `runs` does not count, and code that it names is not run.
 
     Args:
         path: YAML file, the name of a recipe that comes with the package, such as "w4a4/resnet18", or "-" for standard
             input. Relative paths of data and weights are taken from the working directory, those of `include` from the
             file's folder; of standard input both from the working directory.
         overrides: strings such as "quant.weights.bits=2"; the value is read as YAML.
+        trust_code: whether code that a run folder's recipe names may be run.
+        own: whether the user named the file; one that was found beside another is taken as a run folder's.
 
     Raises:
         RecipeError: a file is missing, no valid YAML or includes itself, or a field is unknown or invalid.
@@ -53,16 +68,29 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         'W2A4'
     """
     path = located(path)
-    return _recipe(layers_of(path), overrides or [], _shown(path))
+    return _recipe(layers_of(path, stranger=not own), overrides or [], _shown(path), trust_code)
 
 
-def make_recipe(tree: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
-    """A recipe from a nested dictionary, its preset and dotted overrides; `source` names it in errors.
+def make_recipe(
+    tree: dict[str, Any],
+    overrides: list[str] | None = None,
+    source: str = "recipe",
+    stranger: bool = False,
+    trust_code: bool = False,
+) -> Recipe:
+    """A recipe from a nested dictionary, its preset and dotted overrides.
+
+    Args:
+        tree: the fields.
+        overrides: as `load_recipe` takes them.
+        source: names the fields in errors.
+        stranger: whether they come from a run folder; see `load_recipe`.
+        trust_code: whether code that they name may be run all the same.
 
     Raises:
         RecipeError: a field is unknown or invalid.
     """
-    return _recipe([Layer(source, tree)], overrides or [], source)
+    return _recipe([Layer(source, tree, stranger)], overrides or [], source, trust_code)
 
 
 def changed(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -85,6 +113,8 @@ def changed(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> 
     own: dict[str, Any] = reduce(merged, [_nested(name, None) for name in given(recipe)], {})
     layers = [Layer(source, recipe.model_dump()), *(Layer(source, _nested(*change)) for change in changes.items())]
     result = _validated(reduce(_layered, [layer.tree for layer in layers]), layers, source)
+    strangers = {field: path for field, path in recipe.model.strangers.items() if f"model.{field}" not in changes}
+    result = _given_by(result, strangers)
     keep_given(result, own)
     return result
 
@@ -105,18 +135,19 @@ def valid(recipe: Recipe | dict[str, Any]) -> Recipe:
     raise RecipeError("recipe", f"is of type {type(recipe).__name__}, not a recipe", mend)
 
 
-def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
+def layers_of(path: Path, within: tuple[Path, ...] = (), stranger: bool = False) -> list[Layer]:
     """The fields of a recipe file behind those of the files that it includes: a later layer wins over an earlier.
 
     Args:
         path: the file.
         within: the files that have led to it.
+        stranger: whether one of them, or what the user named, lies in a run folder.
 
     Raises:
         RecipeError: a file is missing, no recipe, or includes itself.
     """
     tree = read_tree(path, within[-1] if within else None)
-    includes = tree.pop("include", [])
+    includes, stranger = tree.pop("include", []), stranger or in_run_folder(path)
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise RecipeError(
             f"{_shown(path)}, include", "is no list of files", "write for example include: [network.yaml]"
@@ -127,8 +158,8 @@ def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
         if any(inner.resolve() == outer.resolve() for outer in chain):
             way = " -> ".join(str(file) for file in (*chain, inner))
             raise RecipeError(f"{path}, include", f"goes in a circle ({way})", "take one of these out")
-        layers += layers_of(inner, chain)
-    return [*layers, Layer(_shown(path), tree)]
+        layers += layers_of(inner, chain, stranger)
+    return [*layers, Layer(_shown(path), tree, stranger)]
 
 
 def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
@@ -142,15 +173,27 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
         RecipeError: the file is missing, no valid YAML or no mapping.
     """
     try:
-        tree = yaml.safe_load(_standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        data = _read(path, includer)
+    except OSError as error:
         mend = (
             f"correct include in {includer}"
             if includer
             else "give the path of a recipe file, or a name that calibquant recipes lists"
         )
-        raise RecipeError(_shown(path), f"cannot be read ({reason})", mend) from None
+        raise RecipeError(_shown(path), f"cannot be read ({error.strerror})", mend) from None
+    return parse_tree(data, path)
+
+
+def parse_tree(data: bytes, path: Path) -> dict[str, Any]:
+    """The fields that the content of a recipe file gives; `path` names it in errors.
+
+    Raises:
+        RecipeError: it is no UTF-8 text, no valid YAML or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise RecipeError(_shown(path), "cannot be read (it is not UTF-8 text)", "give a recipe file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -162,10 +205,17 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
     return tree
 
 
+def _read(path: Path, includer: Path | None) -> bytes:
+    """The bytes of a recipe file. A pipe may be what the user himself names, but not what a file includes."""
+    if path == STANDARD_INPUT:
+        return _standard_input()
+    return read_regular(path, MOST_RECIPE, links=True) if includer else read_bounded(path, MOST_RECIPE)
+
+
 @cache
-def _standard_input() -> str:
-    """All of standard input, which can be read once, as UTF-8 text; empty where it is closed."""
-    return "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8")
+def _standard_input() -> bytes:
+    """All of standard input, which can be read once; empty where it is closed."""
+    return b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_RECIPE + 1)
 
 
 def _shown(path: Path) -> str:
@@ -173,13 +223,14 @@ def _shown(path: Path) -> str:
     return "standard input" if path == STANDARD_INPUT else str(path)
 
 
-def _recipe(layers: list[Layer], overrides: list[str], source: str) -> Recipe:
+def _recipe(layers: list[Layer], overrides: list[str], source: str, trust_code: bool = False) -> Recipe:
     """Layers under overrides, above the preset that they name."""
+    layers = [_without_runs(layer) if layer.stranger else layer for layer in layers]
     layers = [*layers, *(Layer(source, _override(text)) for text in overrides)]
     tree: dict[str, Any] = reduce(_layered, [layer.tree for layer in layers])
     if "include" in tree:
         raise RecipeError(f"{source}, include", "is known in recipe files alone", "write it at the top of a file")
-    recipe = _validated(tree, layers, source)
+    recipe = _given_by(_validated(tree, layers, source), {} if trust_code else _strangers(layers))
     own: dict[str, Any] = reduce(merged, [layer.tree for layer in layers if not _is_written_out(layer.tree)], {})
     keep_given(recipe, own)
     return recipe
@@ -190,6 +241,30 @@ def _validated(tree: dict[str, Any], layers: list[Layer], source: str) -> Recipe
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise _first_problem(error, layers, source) from None
+
+
+def _given_by(recipe: Recipe, strangers: dict[str, str]) -> Recipe:
+    """The recipe with a note of which fields of `model` a run folder gives."""
+    return recipe.model_copy(update={"model": recipe.model.given_by(strangers)}) if strangers else recipe
+
+
+def _without_runs(layer: Layer) -> Layer:
+    """A run folder does not say where the next one is written."""
+    return Layer(layer.source, {key: value for key, value in layer.tree.items() if key != "runs"}, layer.stranger)
+
+
+def _strangers(layers: list[Layer]) -> dict[str, str]:
+    """The fields of `model` that lead to code, where a run folder gives them: its recipe's path."""
+    found: dict[str, str] = {}
+    for layer in layers:
+        model = layer.tree.get("model")
+        for field in ("name", "options"):
+            if isinstance(model, dict) and model.get(field):
+                if layer.stranger:
+                    found[field] = layer.source
+                elif field == "name":
+                    found.pop(field, None)
+    return found
 
 
 def _is_written_out(tree: dict[str, Any]) -> bool:

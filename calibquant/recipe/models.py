@@ -57,7 +57,7 @@ class Recipe(Section):
     export: ExportRecipe = ExportRecipe()
     finetune: FinetuneRecipe | None = Field(default=None, description="train the quantized network further")
     train: TrainRecipe | None = Field(default=None, description="calibquant train needs it")
-    seed: int = Field(default=1005, ge=0)
+    seed: int = Field(default=1005, ge=0, lt=1 << 63)
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = Field(
         default=None, description="CPU threads; none: one for a small network, else torch's default"
     )

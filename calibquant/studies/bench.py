@@ -20,7 +20,7 @@ from calibquant.export.session import Session, import_runtime, open_session
 from calibquant.pipeline import Reporter, run_recipe
 from calibquant.pipeline.reporting import Silent, begin, note
 from calibquant.pipeline.run_inputs import run_inputs
-from calibquant.runfolder import RECEIPT, RunFolder, open_run
+from calibquant.runfolder import RunFolder, open_run
 from calibquant.studies.external import PEER, static_peer
 
 BATCHES = (1, 8)  # latency, throughput
@@ -61,6 +61,7 @@ def bench(
     overrides: Sequence[str] = (),
     rounds: int = ROUNDS,
     reporter: Reporter | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's files and, on the same images, what ONNX Runtime's own quantizer makes of float.onnx.
 
@@ -72,6 +73,7 @@ def bench(
         overrides: dotted recipe keys, such as another data.root.
         rounds: measurements of each network at each batch size and thread count.
         reporter: hears of steps and progress.
+        trust_code: whether code that the run's recipe names may be run, where the float network is needed.
 
     Returns:
         `run`, `runtime`, `rounds`, `timings` (fields of `Timing`) and `notes`.
@@ -82,7 +84,7 @@ def bench(
     reporter = reporter or Silent()
     begin(reporter, 1, 2, "Open the networks")
     folder = open_run(run)
-    recipe, notes = run_recipe(folder, list(overrides)), list[str]()
+    recipe, notes = run_recipe(folder, list(overrides), trust_code), list[str]()
     inputs = run_inputs(folder, recipe, load_artifact(folder))
     images: Images = inputs.tensors[0].numpy()
     if len(inputs.tensors) != 1:
@@ -148,7 +150,7 @@ def _timings(seconds: dict[str, list[float]], files: dict[str, bytes], batch: in
 
 
 def _file(folder: RunFolder, name: str) -> bytes:
-    if name not in folder.read_json(RECEIPT)["files"]:
+    if not folder.has(name):
         mend = f"make it with calibquant export {folder.path}"
         raise RunFolderError(folder.path, f"holds no {name}", mend)
     return folder.read(name)

@@ -9,7 +9,7 @@ from calibquant.pipeline import Reporter, Run, quantize
 from calibquant.pipeline.reporting import Silent
 from calibquant.pipeline.training import open_training, train_network
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.runfolder import check_place, make_folder
+from calibquant.runfolder import alone, check_place, make_folder
 from calibquant.zoo import save_weights
 
 EPOCHS = 12
@@ -50,7 +50,10 @@ def train_digits(path: Path, seed: int, reporter: Reporter | None = None) -> Pat
     if reporter:
         reporter.step(1, 1, f"Train a small ResNet on {len(job.source.images)} digits")
     network = train_network(job, recipe, reporter or Silent())
-    save_weights(network, path)
+    with alone(path):
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # what a kill left
+            left.unlink(missing_ok=True)
+        save_weights(network, path)
     return path
 
 

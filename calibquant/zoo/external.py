@@ -55,6 +55,46 @@ def build_external(name: str, options: Mapping[str, object]) -> nn.Module:
     raise ModelError("model.name", f"'{name}' has no known form", FORMS)
 
 
+def unsafe(name: str, options: Mapping[str, object]) -> str | None:
+    """The field of `model` by which a network runs code of unknown origin; None where it runs none.
+
+    A Python file is code. The builders of packages are known, but options other than numbers may name files and
+    pickles that they load.
+
+    Args:
+        name, options: as `build_external` takes them, or a network of the zoo.
+
+    Example:
+        >>> unsafe("nets.py:make", {}), unsafe("timm:vgg11", {"num_classes": 3}), unsafe("resnet18", {})
+        ('name', None, None)
+    """
+    if not is_external(name):
+        return None
+    if name.partition(":")[0] not in _PACKAGES:
+        return "name"
+    loose = (key for key, value in options.items() if isinstance(value, bool) or not isinstance(value, int | float))
+    return next((f"options.{key}" for key in loose), None)
+
+
+def check_trusted(name: str, options: Mapping[str, object], strangers: Mapping[str, str]) -> None:
+    """Check that no code is run because a run folder says so.
+
+    Args:
+        name, options: as `unsafe` takes them.
+        strangers: which of "name" and "options" a run folder gives, and the path of its recipe.
+
+    Raises:
+        ModelError: code would be run that the user did not name.
+    """
+    field = unsafe(name, options)
+    source = strangers.get("name") if field == "name" else strangers.get("options") or strangers.get("name")
+    if field is None or source is None:
+        return
+    what = f"code in {name.rpartition(':')[0] or name}" if field == "name" else f"{name} with what this option names"
+    mend = "look at it, and if you trust it add --trust-code (in Python trust_code=True)"
+    raise ModelError(f"{source}, model.{field}", f"would run {what}, but a run folder is data", mend)
+
+
 def _from_package(package: str, name: str, options: Mapping[str, object]) -> nn.Module:
     module_name, create, list_models = _PACKAGES[package]
     where = f"model.name, {package}:{name}"

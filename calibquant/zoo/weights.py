@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from calibquant.errors import ModelError
 from calibquant.networks import bare, check_kinds
 from calibquant.recipe import ModelRecipe
+from calibquant.zoo.external import check_trusted
 from calibquant.zoo.naming import Naming, naming_of
 from calibquant.zoo.registry import build, names
 
@@ -46,7 +47,8 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
         tell: hears how the file of weights was read, if that is not plain.
 
     Raises:
-        ModelError: the name is missing, or it, an option or the file of weights is not valid.
+        ModelError: the name is missing, or it, an option or the file of weights is not valid, or a run folder names
+            code.
 
     Example:
         >>> build_model(ModelRecipe(name="digits_resnet")).training
@@ -54,6 +56,7 @@ def build_model(recipe: ModelRecipe, tell: Callable[[str], None] = lambda _: Non
     """
     if recipe.name is None:
         raise ModelError("model.name", "no network is named", "give a name of the zoo: " + ", ".join(names()))
+    check_trusted(recipe.name, recipe.options, recipe.strangers)
     network = bare(build(recipe.name, **recipe.options))
     check_kinds(network)
     if recipe.weights is not None:

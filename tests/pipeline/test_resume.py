@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 
 from calibquant import pipeline
 from calibquant.cli import main
-from calibquant.errors import RunFolderError
+from calibquant.errors import RecipeError, RunFolderError
 from calibquant.pipeline import stages
+from calibquant.recipe import load_recipe
 from calibquant.reconstruction import network as reconstruction
 from calibquant.studies.digits import FIELDS
 from calibquant.zoo import build, save_weights
@@ -151,8 +154,8 @@ def test_what_cannot_go_on_says_so_and_keeps_the_checkpoint(
     [
         (["--resume", "runs/nothing-001"], "is no interrupted run"),
         (["--resume", "runs/digits_resnet-w2a2-001"], "is complete already"),
-        (["--resume", "runs/digits_resnet-w2a2-001", "--dry-run"], "takes a recipe, or --resume RUN alone"),
-        ([], "takes a recipe, or --resume RUN alone"),
+        (["--resume", "runs/digits_resnet-w2a2-001", "--dry-run"], "--dry-run: is for a recipe"),
+        ([], "takes a recipe, or --resume RUN; give one"),
     ],
 )
 def test_resume_needs_an_interrupted_run(
@@ -198,3 +201,88 @@ def test_the_network_is_learned_again_from_its_units_when_it_was_interrupted(
 
 def _stopped(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "before", "now"),
+    [
+        ("seed=7", "seed", "1005", "7"),
+        ("reconstruct.iterations=5", "reconstruct.iterations", "4", "5"),
+        ("reconstruct.method=adaround", "reconstruct.method", "qdrop", "adaround"),
+        ("quant.weights.bits=4", "quant.weights.bits", "2", "4"),
+        ("finetune.epochs=1", "finetune", "none", "{'epochs': 1"),
+        ("data.preprocess.mean=[0.4]", "data.preprocess.mean", r"\[0.5\]", r"\[0.4\]"),
+    ],
+)
+def test_a_run_is_made_by_one_recipe(
+    override: str, field: str, before: str, now: str, recipe: dict[str, Any], interrupt: Callable[[int], None]
+) -> None:
+    run = _interrupted(recipe, interrupt)
+    kept = {path.name: path.read_bytes() for path in run.with_name(f".{run.name}.partial").iterdir()}
+    expected = (
+        f"{run}, recipe, {field}: was {before} when the run began and cannot become {now}.* what may change: runs"
+    )
+    with pytest.raises(RecipeError, match=expected):
+        pipeline.resume(run, overrides=[override])
+    assert {path.name: path.read_bytes() for path in run.with_name(f".{run.name}.partial").iterdir()} == kept
+    assert pipeline.resume(run).folder == run
+
+
+def test_a_recipe_that_was_edited_in_the_hidden_folder_is_noticed(
+    recipe: dict[str, Any], interrupt: Callable[[int], None]
+) -> None:
+    run = _interrupted(recipe, interrupt)
+    file = run.with_name(f".{run.name}.partial") / "recipe.yaml"
+    file.write_text(file.read_text().replace("seed: 1005", "seed: 1006"))
+    with pytest.raises(RecipeError, match="recipe, seed: was 1005 when the run began and cannot become 1006"):
+        pipeline.resume(run)
+
+
+def test_what_may_change_changes_no_byte_and_is_kept_in_the_receipt(
+    recipe: dict[str, Any], interrupt: Callable[[int], None], tmp_path: Path
+) -> None:
+    whole = pipeline.quantize(recipe | {"threads": 1})
+    run = _interrupted(recipe | {"threads": 1}, interrupt)
+    Path("digits.safetensors").rename("moved.safetensors")
+    interrupt(1)
+    keys = ["threads=2", "model.weights=moved.safetensors", "evaluation.batch_size=10"]
+    assert main(["quantize", "--resume", str(run), *keys]) == 1
+    interrupt(99)
+    assert main(["quantize", "--resume", str(run), "threads=1"]) == 0
+    assert (run / "manifest.csv").read_bytes() == (whole.folder / "manifest.csv").read_bytes()
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert receipt["changed"] == {
+        "threads": [1, 2, 1], "model.weights": ["digits.safetensors", "moved.safetensors"],
+        "evaluation.batch_size": [None, 10],
+    }  # fmt: skip
+    stored = load_recipe(run / "recipe.yaml")
+    assert (stored.threads, stored.evaluation.batch_size, stored.model.weights) == (1, 10, Path("moved.safetensors"))
+    assert "changed" not in json.loads((whole.folder / "receipt.json").read_text())
+
+
+def test_a_damaged_interrupted_run_is_one_line(
+    recipe: dict[str, Any], interrupt: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _interrupted(recipe, interrupt)
+    partial = run.with_name(f".{run.name}.partial")
+    shutil.copytree(partial, "kept")
+    stored = json.loads((partial / "checkpoint.json").read_text())
+    spoiled = {
+        "checkpoint.json": [
+            "[]", "{", '{"kind": 5}', "{}", json.dumps(stored | {"tensors": "../digits.safetensors"}),
+            json.dumps(stored | {"tensors": "/dev/zero"}), json.dumps(stored | {"recipe": 5}),
+            json.dumps(stored | {"units": [5]}), json.dumps(stored | {"tensors": 5}),
+        ],
+        "checkpoint-changes.json": ["[]", "{", '{"threads": []}', '{"threads": 5}'],
+        "recipe.yaml": ["seed: [", "", "- a", "include: [/dev/zero]"],
+        "checkpoint-manifest.csv": ["", "a,b"],
+    }  # fmt: skip
+    for name, contents in spoiled.items():
+        for content in contents:
+            (partial / name).write_text(content)
+            assert main(["quantize", "--resume", str(run)]) == 1, (name, content)
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1, said
+            assert "internal error" not in said, (name, content)
+            shutil.rmtree(partial)
+            shutil.copytree("kept", partial)

@@ -16,7 +16,7 @@ import calibquant
 from calibquant.cli import main
 from calibquant.data import TensorImages
 from calibquant.data.manifest import read_manifest
-from calibquant.errors import ModelError, RunFolderError
+from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.pipeline import evaluate_run, resume, resume_training
 from calibquant.recipe import load_recipe, make_recipe
 from calibquant.runfolder import newest_run, open_run
@@ -152,13 +152,13 @@ def interrupted(tmp_path: Path) -> Path:
 
 def test_a_checkpoint_is_checked(tmp_path: Path) -> None:
     run = interrupted(tmp_path)
-    for override in ("train.optimizer=adamw", "train.ema=0"):
-        with pytest.raises(
-            RunFolderError, match=r"checkpoint\.json: was made of another network or with other setting"
-        ):
+    for override in ("train.optimizer=adamw", "train.ema=0.5", "train.epochs=9", "train.holdout=0.2", "seed=3"):
+        field = override.partition("=")[0]
+        with pytest.raises(RecipeError, match=rf"{run}, recipe, {field}: was .* and cannot become"):
             resume_training(run, *small(), overrides=[override])
+    network, images, *others = small()
     with pytest.raises(RunFolderError, match=r"checkpoint\.json: was made with other images; restore"):
-        resume_training(run, *small(), overrides=["train.holdout=0.2"])
+        resume_training(run, network, images.subset(range(len(images) - 1)), *others)
     state = next((tmp_path / ".sequential-train-001.partial").glob("checkpoint-*.pt"))
     state.write_bytes(state.read_bytes()[:-1])
     with pytest.raises(RunFolderError, match=r"checkpoint\.json: is damaged \(its hash is wrong\); delete"):
@@ -169,6 +169,9 @@ def test_a_run_can_go_on_with_other_settings(tmp_path: Path) -> None:
     run = resume_training(interrupted(tmp_path), *small(), overrides=["train.lr=0.01"])
     assert max(row["lr"] for row in run.metrics["epochs"][1:]) <= 0.01 < run.metrics["epochs"][0]["lr"]
     assert load_recipe(run.folder / "recipe.yaml").train.lr == 0.01  # type: ignore[union-attr]
+    first = run.metrics["epochs"][0]["lr"]
+    changed = json.loads((run.folder / "receipt.json").read_text())["changed"]["train.lr"]
+    assert changed[0] >= first > changed[1] == 0.01
 
 
 def test_of_evaluation_images_the_size_of_one_is_looked_at_before_the_end(tmp_path: Path) -> None:

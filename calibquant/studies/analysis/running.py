@@ -22,7 +22,7 @@ from calibquant.quantization import QuantModel, calibrate_activations, calibrate
 from calibquant.quantization.model import parameter_tensors
 from calibquant.quantization.sensitivity import harm_of, one_at_a_time, second_order
 from calibquant.recipe import Recipe, changed
-from calibquant.runfolder import RunFolder, check_place, make_folder
+from calibquant.runfolder import RunFolder, check_place, make_folder, shared_folder
 from calibquant.studies.analysis import advice as words
 from calibquant.studies.analysis.advice import WIDE, Advice, Harm
 from calibquant.studies.analysis.figures import growth_svg, harm_svg, histogram_svg
@@ -221,9 +221,13 @@ def _against_float(job: Job, model: QuantModel, images: Iterable[Tensor]) -> tup
 
 
 def _write(found: Analysis, job: Job) -> None:
-    make_folder(found.folder)
-    make_folder(found.folder / "figures")
-    folder = RunFolder(found.folder)
+    with shared_folder(found.folder) as folder:
+        make_folder(found.folder / "figures")
+        folder.remove("figures/.*.tmp")  # what a kill left
+        _write_files(found, job, folder)
+
+
+def _write_files(found: Analysis, job: Job, folder: RunFolder) -> None:
     figures = {"harm.svg": harm_svg(found.harms)}
     if found.errors:
         figures["growth.svg"] = growth_svg(found.errors)

@@ -172,6 +172,7 @@ def complete(cell: Cell, reporter: Reporter | None = None) -> Way:
         CalibQuantError: the run is not possible, or the folder holds another.
         KeyboardInterrupt: it was interrupted; a checkpoint stays where reconstruction had begun.
     """
+    RunFolder(cell.folder).remove(".*.tmp")  # what a kill left
     run, bar = find_run(cell), _OnlyProgress(reporter or Silent())
     if run is not None:
         count = _images(run)
@@ -192,7 +193,10 @@ def complete(cell: Cell, reporter: Reporter | None = None) -> Way:
         return "run"
     stopped = _interrupted(cell)
     try:
-        done = quantize(cell.recipe, reporter=bar) if stopped is None else resume(stopped, reporter=bar)
+        if stopped is None:
+            done = quantize(cell.recipe, reporter=bar)
+        else:  # code that the folder's recipe names is what the cell's own names: they are the same but for places
+            done = resume(stopped, reporter=bar, trust_code=not cell.recipe.model.strangers)
     except RunFolderError as error:
         if isinstance(error.__cause__, KeyboardInterrupt):  # the pipeline tells how to go on with the run alone
             raise KeyboardInterrupt from error

@@ -94,6 +94,7 @@ def make_study(
     out: Path | None,
     jobs: int,
     grids: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Study:
     """Plan a comparison; the arguments are those of `compare`. What has no grid of a setting's bits has no cell there.
 
@@ -101,7 +102,7 @@ def make_study(
         RecipeError: an argument is not valid, or methods do not differ with this recipe.
     """
     _check_overrides(overrides, listed=not isinstance(seeds, int))
-    base = _load(recipe, list(overrides))
+    base = _load(recipe, list(overrides), trust_code)
     if base.quant.mixed is not None:
         raise RecipeError(f"{WHERE}, quant.mixed", "the settings compared give the bits", "leave quant.mixed out")
     _check_names("methods", methods)
@@ -130,7 +131,7 @@ def make_study(
     if jobs > 1 and base.threads is None:
         shared.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
     cells = [
-        _cell(recipe, shared, out, method, (own, activations), seed)
+        _cell(recipe, shared, out, method, (own, activations), seed, trust_code)
         for weights, activations in settings
         for seed in chosen
         for method in methods
@@ -154,10 +155,10 @@ def make_study(
     )
 
 
-def _load(source: Source, overrides: list[str]) -> Recipe:
+def _load(source: Source, overrides: list[str], trust_code: bool = False) -> Recipe:
     if isinstance(source, Mapping):
         return make_recipe(dict(source), overrides)
-    return load_recipe(source, overrides)
+    return load_recipe(source, overrides, trust_code)
 
 
 def idle_everywhere(study: Study) -> list[Idle]:
@@ -170,12 +171,14 @@ def idle_everywhere(study: Study) -> list[Idle]:
     )
 
 
-def _cell(source: Source, overrides: list[str], out: Path, method: str, bits: tuple[int, int], seed: int) -> Cell:
+def _cell(
+    source: Source, overrides: list[str], out: Path, method: str, bits: tuple[int, int], seed: int, trust_code: bool
+) -> Cell:
     # Other tools take network and images alone from the recipe; the rest of it says what is nearest to theirs.
     preset, grid = ("int8", None) if method in METHODS else preset_and_grid(method)
     fields = [f"preset={preset}", f"quant.weights.bits={bits[0]}", f"quant.activations.bits={bits[1]}"]
     fields += [] if grid is None else [f"quant.weights.grid={grid}"]
-    recipe = _load(source, [*overrides, *fields, f"seed={seed}"])
+    recipe = _load(source, [*overrides, *fields, f"seed={seed}"], trust_code)
     folder = out / f"{method.replace(':', '-')}-{recipe.setting.lower()}-seed{seed}"
     return Cell(method, seed, changed(recipe, {"runs": folder}))
 

@@ -15,7 +15,7 @@ from calibquant.errors import CalibQuantError, RunFolderError
 from calibquant.pipeline import Reporter
 from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent, warn
-from calibquant.runfolder import RunFolder, check_place, make_folder
+from calibquant.runfolder import RunFolder, check_place, shared_folder
 from calibquant.studies.compare.cells import CellResult, Way, complete, is_complete, read_result
 from calibquant.studies.compare.figure import pareto_png
 from calibquant.studies.compare.markdown import markdown, score_text
@@ -52,6 +52,7 @@ def compare(
     jobs: int = 1,
     reporter: Reporter | None = None,
     grids: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Comparison:
     """Quantize by several methods, at several settings and with several seeds, and test the differences.
 
@@ -71,6 +72,7 @@ def compare(
             `if __name__ == "__main__":` around the call.
         reporter: hears of the cells.
         grids: each preset is compared with each of these grids of its weights, at the settings where there is one.
+        trust_code: whether code that a recipe in a run folder names may be run.
 
     Raises:
         RecipeError: an argument is not valid, or methods do not differ with this recipe.
@@ -81,17 +83,22 @@ def compare(
         >>> comparison.result["tests"][0]["verdict"]  # doctest: +SKIP
         'better'
     """
-    study = make_study(recipe, methods, bits, seeds, baseline, overrides, out, jobs, grids)
+    study = make_study(recipe, methods, bits, seeds, baseline, overrides, out, jobs, grids, trust_code)
     open_set(study.cells[0].recipe, "evaluation")  # without it a study is refused before anything is written
     present = [i for i, cell in enumerate(study.cells) if is_complete(cell)]
     for method in {cell.method for i, cell in enumerate(study.cells) if cell.foreign and i not in present}:
         METHODS[method].check(method)
     check_place(study.out)
-    make_folder(study.out)
-    if isinstance(recipe, Mapping):
-        plain = json.loads(json.dumps(recipe, default=str))
-        RunFolder(study.out).write(study.recipe.name, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-    board = _Board(study, reporter or Silent())
+    with shared_folder(study.out) as folder:
+        if isinstance(recipe, Mapping):
+            plain = json.loads(json.dumps(recipe, default=str))
+            folder.write(study.recipe.name, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        return _compare(study, present, reporter or Silent())
+
+
+def _compare(study: Study, present: Sequence[int], reporter: Reporter) -> Comparison:
+    """Take the cells that are complete, and complete the others."""
+    board = _Board(study, reporter)
     for idle in idle_everywhere(study):
         warn(board.reporter, idle)
     try:

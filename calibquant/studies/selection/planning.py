@@ -113,7 +113,7 @@ class SelectionStudy:
         changes = {
             "seed": cell.seed, "calibration.count": cell.size, "calibration.strategy": "first",
             "calibration.pool": None, "calibration.manifest": None, "quant.weights.bits": bits,
-            "quant.activations.bits": activations, "export.onnx": False, "runs": self.out / "runs",
+            "quant.activations.bits": activations, "export.onnx": False, "runs": self.out / "runs" / cell.name,
         }  # fmt: skip
         return changed(self.recipe, changes, WHERE)
 
@@ -130,14 +130,15 @@ def make_selection_study(
     shift: str = "none",
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    trust_code: bool = False,
 ) -> SelectionStudy:
-    """Plan a study; the arguments are those of `SelectionStudy`.
+    """Plan a study; the arguments are those of `SelectionStudy`, and `trust_code` as `load_recipe` takes it.
 
     Raises:
         RecipeError: an argument is not valid.
         DataError: a strategy is unknown.
     """
-    loaded = load_recipe(recipe, list(overrides))
+    loaded = load_recipe(recipe, list(overrides), trust_code)
     if loaded.quant.mixed is not None:
         raise RecipeError(f"{WHERE}, quant.mixed", "the settings studied give the bits", "leave quant.mixed out")
     for what, values in (("strategies", strategies), ("sizes", sizes), ("bits", bits), ("draws", draws),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 from calibquant.data import ImageSet, find_images, make_manifest, manifest_csv, read_manifest
 from calibquant.data.augment import black_of
 from calibquant.errors import RecipeError
+from calibquant.locking import HeldError, locked
 from calibquant.parallel import set_threads
 from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
 from calibquant.pipeline.reporting import Silent, warn
 from calibquant.pipeline.selecting import Candidates, candidates_of
 from calibquant.recipe import changed, idle_fields
-from calibquant.runfolder import RunFolder, check_place, make_folder, write_atomic
+from calibquant.runfolder import check_place, make_folder, write_alone
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
@@ -78,7 +78,7 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
             reporter.step(number, len(cells), f"{cell.setting} {cell.strategy}, {cell.size} images, "
                           f"draw {cell.draw}, seed {cell.seed}")  # fmt: skip
             found = _run(study, cell, draw.chosen(cell), evaluation, reporter)
-            write_atomic(_path(study, cell), json.dumps(found, indent=1).encode())
+            write_alone(_path(study, cell), json.dumps(found, indent=1).encode())
             write_summary(study)
     return SelectionResult(study.out, write_summary(study))
 
@@ -86,10 +86,10 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
 def write_summary(study: SelectionStudy) -> dict[str, Any]:
     """Write selection.json, its page and its figure from the cells that are done; returns the first's content."""
     done = [json.loads(_path(study, c).read_bytes()) for c in study.cells if _path(study, c).is_file()]
-    result, folder = summary(study, done), RunFolder(study.out)
-    folder.write_json(RESULT, result)
-    folder.write(PAGE, page(result))
-    folder.write(FIGURE, figure_png(result))
+    result = summary(study, done)
+    text = json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    for name, data in ((RESULT, text.encode()), (PAGE, page(result).encode()), (FIGURE, figure_png(result))):
+        write_alone(study.out / name, data)
     return result
 
 
@@ -104,7 +104,7 @@ def _check_same(study: SelectionStudy) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") != plan:
         problem = "holds a study with another recipe or shift"
         raise RecipeError(path, problem, "name another folder with --out, or repeat that study's command")
-    write_atomic(path, plan.encode())
+    write_alone(path, plan.encode())
 
 
 def _path(study: SelectionStudy, cell: Cell) -> Path:
@@ -114,14 +114,13 @@ def _path(study: SelectionStudy, cell: Cell) -> Path:
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether a cell is this process's for the time being; a lock of a process that died is free again."""
-    with path.open("w", encoding="utf-8") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(locked(path))
+        except HeldError:
             yield False
             return
         yield True
-        path.unlink(missing_ok=True)
 
 
 class _Draw:
@@ -140,7 +139,7 @@ class _Draw:
         choice = select(pool, cell.size, cell.strategy, cell.draw, self._trial(pool))
         indices = [int(pool.indices[row]) for row in choice.rows]
         manifest = make_manifest(images, indices, choice.strategies, cell.draw, choice.scores)
-        write_atomic(path, manifest_csv(manifest).encode())
+        write_alone(path, manifest_csv(manifest).encode())
         return images.subset(indices)
 
     @cached_property
@@ -174,8 +173,10 @@ def _run(
     study: SelectionStudy, cell: Cell, images: ImageSet, evaluation: ImageSet, reporter: Reporter
 ) -> dict[str, Any]:
     """What a cell's run gives; its folder is not kept."""
-    run = quantize(study.recipe_of(cell), None, images, evaluation, _Quiet(reporter))
-    shutil.rmtree(run.folder)
+    recipe = study.recipe_of(cell)
+    shutil.rmtree(recipe.runs, ignore_errors=True)  # what a kill left
+    run = quantize(recipe, None, images, evaluation, _Quiet(reporter))
+    shutil.rmtree(recipe.runs)
     scores = run.metrics["quantized"]
     return {
         "setting": cell.setting, "strategy": cell.strategy, "size": cell.size, "draw": cell.draw, "seed": cell.seed,
