@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 600  # characters of each part of a message; names from damaged files may have millions
+
 
 class CalibQuantError(Exception):
     """Base of every error that is the input's or the machine's fault, not a bug.
@@ -21,7 +23,7 @@ class CalibQuantError(Exception):
 
     def __init__(self, where: object, problem: str, mend: str) -> None:
         self.where, self.problem, self.mend = str(where), problem, mend
-        super().__init__(" ".join(f"{where}: {problem}; {mend}".split()))
+        super().__init__(f"{_line(str(where))}: {_line(problem)}; {_line(mend)}")
 
     def __reduce__(self) -> tuple[type[CalibQuantError], tuple[str, str, str]]:
         """So that it can be sent from one process to another."""
@@ -54,6 +56,16 @@ class RunFolderError(CalibQuantError):
 
 class ParallelError(CalibQuantError):
     """The processes of a job cannot work together."""
+
+
+def _line(text: str) -> str:
+    """A text on one line: white space becomes a space, what no terminal prints is escaped, the middle of more is cut."""
+    text = " ".join(text.split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

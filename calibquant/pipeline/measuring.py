@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from calibquant.data import ImageSet
@@ -18,6 +17,7 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
+from calibquant.recipe.loading import recipe_tree
 from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
 
 
@@ -125,4 +125,5 @@ def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
     if any(key.partition("=")[0].strip() == "preset" for key in overrides or []):
         problem = "sets what a recipe leaves open, and a run's recipe has every field written out"
         raise RecipeError("override, preset", problem, "override the fields themselves, e.g. finetune.weights=arq")
-    return make_recipe(yaml.safe_load(folder.read("recipe.yaml")), overrides, str(folder.path / "recipe.yaml"))
+    source = str(folder.path / "recipe.yaml")
+    return make_recipe(recipe_tree(folder.read("recipe.yaml"), source), overrides, source)

@@ -11,10 +11,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
+from calibquant.reading import parse_yaml, read_file
 from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import PRESETS, merged
 from calibquant.recipe.section import Section
@@ -91,22 +91,23 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
     Raises:
         RecipeError: the file is missing, no valid YAML or no mapping.
     """
+    mend = "give the path of a recipe file, or a name that calibquant recipes lists"
+    data = read_file(path, RecipeError, f"correct include in {includer}" if includer else mend)
+    return recipe_tree(data, str(path))
+
+
+def recipe_tree(data: bytes, source: str) -> dict[str, Any]:
+    """The fields in the text of a recipe; `source` names it in errors.
+
+    Raises:
+        RecipeError: the text is no valid YAML or no mapping.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        mend = (
-            f"correct include in {includer}"
-            if includer
-            else "give the path of a recipe file, or a name that calibquant recipes lists"
-        )
-        raise RecipeError(path, f"cannot be read ({reason})", mend) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}", "is not valid YAML", "correct the indentation or quoting there") from None
+        tree = parse_yaml(data)
+    except ValueError as error:
+        raise RecipeError(source, f"is not valid YAML ({error})", "correct the indentation or quoting there") from None
     if not isinstance(tree, dict):
-        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
+        raise RecipeError(source, "is not a recipe", "it must hold fields such as model: and data:")
     return tree
 
 
@@ -145,9 +146,9 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"override '{text}'", "is not key=value", "write for example quant.weights.bits=2")
     try:
-        leaf: Any = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
+        leaf: Any = parse_yaml(value.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise RecipeError(f"override '{text}'", f"its value is not valid YAML ({error})", "quote the value") from None
     for part in reversed(key.strip().split(".")):
         leaf = {part: leaf}
     return leaf
