@@ -60,8 +60,8 @@ def parse_json(data: bytes | str) -> Any:
             parse_float=_parse_float,
             parse_constant=_refuse_constant,
         )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no valid JSON, line {error.lineno}") from None
+    except json.JSONDecodeError:
+        raise ValueError("no valid JSON") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except RecursionError:

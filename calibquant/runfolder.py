@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from calibquant.errors import RunFolderError
+from calibquant.reading import parse_json, read_file
 
 FORMAT_VERSION = 1
 RECEIPT, CHECKPOINT = "receipt.json", "checkpoint.json"
@@ -54,12 +55,9 @@ class RunFolder:
         Raises:
             RunFolderError: it is missing or cannot be read.
         """
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise RunFolderError(
-                self.path / name, f"cannot be read ({error.strerror})", "name a complete run folder"
-            ) from None
+        if not name or Path(name).name != name:
+            raise RunFolderError(self.path, f"names the file '{name}' outside the folder", "do not trust this run")
+        return read_file(self.path / name, RunFolderError, "name a complete run folder")
 
     def read_json(self, name: str) -> Any:
         """A JSON file's value.
@@ -68,9 +66,9 @@ class RunFolder:
             RunFolderError: it is missing or not JSON.
         """
         try:
-            return json.loads(self.read(name))
-        except ValueError:
-            raise RunFolderError(self.path / name, "is damaged (no valid JSON)", "quantize again") from None
+            return parse_json(self.read(name))
+        except ValueError as error:
+            raise RunFolderError(self.path / name, f"is damaged ({error})", "quantize again") from None
 
     def remove(self, pattern: str) -> None:
         """Delete the files that match a pattern, such as `checkpoint*`."""
@@ -179,6 +177,20 @@ def _finished(partial: Path, kind: str) -> Iterator[RunFolder]:
     finally:
         if partial.exists() and not (partial / CHECKPOINT).exists():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def described_by(path: Path) -> Iterator[None]:
+    """Within the context, what the content of a JSON file lacks or has of another type is an error that names the file.
+
+    Raises:
+        RunFolderError: it does.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        problem = f"does not hold what calibquant writes there ({type(error).__name__}: {error})"
+        raise RunFolderError(path, problem, "restore it or quantize again") from None
 
 
 def make_folder(path: Path) -> None:

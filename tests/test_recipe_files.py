@@ -84,7 +84,7 @@ def test_the_effective_recipe_stands_alone(write: Write, tmp_path: Path) -> None
         ({"recipe": "include: [recipe.yaml]"}, r"yaml, include: goes in a circle \(.*recipe.yaml -> .*recipe.yaml\)"),
         ({"recipe": "include: [a.yaml]", "a": "include: [b.yaml]", "b": "include: [a.yaml]"}, "b.yaml, include: goes"),
         ({"recipe": "include: [a.yaml]", "a": "- 1"}, "a.yaml: is not a recipe; it must hold fields"),
-        ({"recipe": "include: [a.yaml]", "a": "a: b: c"}, "a.yaml, line 1: is not valid YAML; correct"),
+        ({"recipe": "include: [a.yaml]", "a": "a: b: c"}, r"a.yaml: is not valid YAML \(line 1: .*\); correct"),
         ({"recipe": "include: [a.yaml]", "a": "{quant: {weights: {bit: 2}}}"},
          r"a.yaml, quant.weights.bit: this key is unknown; did you mean 'bits'\?"),
         ({"recipe": "{include: [a.yaml], seed: 1}", "a": "{sed: 1}"}, "a.yaml, sed: this key is unknown; did you mean"),

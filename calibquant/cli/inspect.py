@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from calibquant.cli.tables import (
     show_units,
 )
 
+if TYPE_CHECKING:
+    from calibquant.quantization import QuantModel
+
 
 def inspect(
     target: Annotated[
@@ -28,9 +31,8 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Show what is inside a run or an ONNX file: bits, bytes, ranges, and what stays float."""
-    from calibquant.export.artifact import load_artifact, size_of
-    from calibquant.export.record import record
-    from calibquant.runfolder import newest_run, open_run
+    from calibquant.export.artifact import load_artifact
+    from calibquant.runfolder import described_by, newest_run, open_run
 
     if target is not None and target.suffix == ".onnx":
         _inspect_onnx(target, json)
@@ -38,6 +40,14 @@ def inspect(
     path = newest_run(runs) if target is None else target.parent if target.is_file() else target
     folder = open_run(path)
     model, metrics, receipt = load_artifact(folder), folder.read_json("metrics.json"), folder.read_json("receipt.json")
+    with described_by(path / "metrics.json"):
+        _show(path, model, metrics, receipt, json)
+
+
+def _show(path: Path, model: QuantModel, metrics: dict[str, Any], receipt: dict[str, Any], json: bool) -> None:
+    from calibquant.export.artifact import size_of
+    from calibquant.export.record import record
+
     size, rows = size_of(model), record(model)
     files = {name: (path / name).stat().st_size for name in receipt["files"] if name.endswith(".onnx")}
     if json:

@@ -14,6 +14,7 @@ import numpy as np
 
 from calibquant.errors import ModelError
 from calibquant.export.session import import_onnx
+from calibquant.reading import read_file
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -70,11 +71,7 @@ def read_onnx(path: Path) -> OnnxContent:
     Raises:
         ModelError: it cannot be read; see `onnx_content`.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(path, f"cannot be read ({error.strerror})", "give the path of an ONNX file") from None
-    return onnx_content(str(path), data)
+    return onnx_content(str(path), read_file(path, ModelError, "give the path of an ONNX file"))
 
 
 def onnx_content(name: str, data: bytes) -> OnnxContent:

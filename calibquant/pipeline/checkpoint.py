@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from calibquant.errors import RunFolderError
-from calibquant.export.artifact import artifact_tensors, restore
+from calibquant.export.artifact import UNFIT, artifact_tensors, restore
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
 from calibquant.reconstruction import LayerReport, UnitReport
@@ -86,5 +85,5 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
         reports = [UnitReport(**row) for row in stored["units"]]
         layers = [LayerReport(**row) for row in stored.get("layers", [])]  # earlier versions had none
         return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]), layers)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except UNFIT as error:
         raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and quantize again") from None

@@ -19,6 +19,7 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.measuring import measure, run_recipe, saved_network
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, note
+from calibquant.reading import read_file
 from calibquant.recipe import Recipe, load_recipe
 from calibquant.runfolder import RECEIPT, RunFolder, open_run
 
@@ -49,7 +50,7 @@ def evaluate_onnx(
         CalibQuantError: file, recipe, run or images cannot be read.
     """
     reporter = reporter or Silent()
-    data = _read(path)
+    data = read_file(path, ModelError, "give the path of an ONNX file")
     beside = path.parent / "recipe.yaml"
     in_run = (path.parent / RECEIPT).is_file()
     folder = open_run(path.parent) if in_run else None
@@ -122,10 +123,3 @@ def _measure(
     recipe: Recipe, network: nn.Module, images: ImageSet, reporter: Reporter, reference: Evaluation | None = None
 ) -> Evaluation:
     return measure(recipe, network, images, torch.device("cpu"), reporter, reference)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(path, f"cannot be read ({error.strerror})", "give the path of an ONNX file") from None

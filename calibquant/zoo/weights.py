@@ -31,6 +31,7 @@ WRAPPERS = (
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")
 _NAMED = 3  # keys of a mismatch that an error names
+_PLAIN = "save the float network's own tensors, e.g. tensor.to_dense() or tensor.dequantize()"
 _SAVE_STATE = "save network.state_dict() with torch.save, or as .safetensors, and give that file"
 
 
@@ -173,7 +174,21 @@ def _state_dict(held: object, path: Path) -> tuple[dict[str, Tensor], str | None
     for key, value in held.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ModelError(f"{path}, entry '{key}'", f"is a {type(value).__name__}, not a tensor", _SAVE_STATE)
+        kind = _special_kind(value)
+        if kind:
+            raise ModelError(f"{path}, tensor '{key}'", f"is {kind}, not plain numbers", _PLAIN)
     return dict(held), wrapper, others
+
+
+def _special_kind(value: Tensor) -> str:
+    """How a tensor differs from one that holds its values plainly, in words; "" where it does not."""
+    if value.is_meta:
+        return "a tensor without values (device meta)"
+    if value.is_quantized:
+        return f"quantized ({value.dtype})"
+    if value.is_nested:
+        return "nested"
+    return "" if value.layout is torch.strided else f"sparse ({value.layout})"
 
 
 def _strip_prefixes(loaded: dict[str, Tensor], targets: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ names the file. Another exception, a hang, a gigabyte of memory or a wrong exit 
 
 from .image_loaders import IMAGES
 from .loaders import RECIPES, Loader
+from .run_loaders import RUNS
 from .running import Outcome, Site
 
-LOADERS: dict[str, Loader] = {loader.name: loader for loader in (*RECIPES, *IMAGES)}
+LOADERS: dict[str, Loader] = {loader.name: loader for loader in (*RECIPES, *IMAGES, *RUNS)}
 
 __all__ = ["LOADERS", "Loader", "Outcome", "Site"]

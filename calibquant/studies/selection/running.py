@@ -20,7 +20,7 @@ from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
 from calibquant.pipeline.reporting import Silent
 from calibquant.pipeline.selecting import Candidates, candidates_of
-from calibquant.runfolder import RunFolder, make_folder, write_atomic
+from calibquant.runfolder import RunFolder, described_by, make_folder, write_atomic
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
@@ -76,8 +76,10 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
 
 def write_summary(study: SelectionStudy) -> dict[str, Any]:
     """Write selection.json, its page and its figure from the cells that are done; returns the first's content."""
-    done = [json.loads(_path(study, c).read_bytes()) for c in study.cells if _path(study, c).is_file()]
-    result, folder = summary(study, done), RunFolder(study.out)
+    cells, folder = RunFolder(study.out / "cells"), RunFolder(study.out)
+    done = [cells.read_json(_path(study, c).name) for c in study.cells if _path(study, c).is_file()]
+    with described_by(cells.path):
+        result = summary(study, done)
     folder.write_json(RESULT, result)
     folder.write(PAGE, page(result))
     folder.write(FIGURE, figure_png(result))
