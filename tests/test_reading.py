@@ -45,7 +45,7 @@ def test_yaml_is_read(text: bytes, value: object) -> None:
         (b"[" * 5000, "line 1: it is nested more than 100 deep"),
         (b"- " * 5000, "line 1: it is nested more than 100 deep"),
         (b"a: " + b"{b: " * 200 + b"}" * 200, "line 1: it is nested more than 100 deep"),
-        (BOMB, "line 6: it holds more than 50,000 values"),
+        (BOMB, "line 5: it holds more than 50,000 values"),
         (b"a: &a [*a]", "line 1: an alias stands inside what it names"),
         (b"a: 9223372036854775808", "line 1: a number has more than 64 bits"),
         (b"a: " + b"9" * 4000, "line 1: a number has more than 64 bits"),
