@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from calibquant.errors import CalibQuantError
+from calibquant.errors import CalibQuantError, RunFolderError
 
 MOST_DEPTH = 100  # containers within containers
 MOST_YAML = 1 << 18  # bytes; a recipe that names 2,000 tensors has half of them
@@ -111,6 +113,20 @@ def parse_whole(text: str) -> int:
     return value
 
 
+@contextmanager
+def described_by(path: Path) -> Iterator[None]:
+    """Within the context, what the content of a JSON file lacks or has of another type is an error that names the file.
+
+    Raises:
+        RunFolderError: it does.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        problem = f"does not hold what calibquant writes there ({type(error).__name__}: {error})"
+        raise RunFolderError(path, problem, "restore it or quantize again") from None
+
+
 _TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
 
 
@@ -136,9 +152,9 @@ def _refuse_constant(text: str) -> NoReturn:
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    for _ in range(MOST_DEPTH):
         level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
-    return bool(level)
+    return any(isinstance(inner, dict | list) for inner in level)
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:

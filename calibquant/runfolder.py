@@ -179,20 +179,6 @@ def _finished(partial: Path, kind: str) -> Iterator[RunFolder]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextmanager
-def described_by(path: Path) -> Iterator[None]:
-    """Within the context, what the content of a JSON file lacks or has of another type is an error that names the file.
-
-    Raises:
-        RunFolderError: it does.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        problem = f"does not hold what calibquant writes there ({type(error).__name__}: {error})"
-        raise RunFolderError(path, problem, "restore it or quantize again") from None
-
-
 def make_folder(path: Path) -> None:
     """Create a folder and those above it, where they are not there yet.
 

@@ -32,7 +32,8 @@ def inspect(
 ) -> None:
     """Show what is inside a run or an ONNX file: bits, bytes, ranges, and what stays float."""
     from calibquant.export.artifact import load_artifact
-    from calibquant.runfolder import described_by, newest_run, open_run
+    from calibquant.reading import described_by
+    from calibquant.runfolder import newest_run, open_run
 
     if target is not None and target.suffix == ".onnx":
         _inspect_onnx(target, json)

@@ -116,4 +116,3 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and value > LEAST  # below, torch takes a number for a symbol
     return type(value) is (type(None) if hint is None else hint)
-

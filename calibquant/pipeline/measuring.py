@@ -17,7 +17,7 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.recipe import Recipe, make_recipe
-from calibquant.recipe.loading import recipe_tree
+from calibquant.recipe.loading import parse_tree
 from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
 
 
@@ -125,5 +125,5 @@ def run_recipe(folder: RunFolder, overrides: list[str] | None = None) -> Recipe:
     if any(key.partition("=")[0].strip() == "preset" for key in overrides or []):
         problem = "sets what a recipe leaves open, and a run's recipe has every field written out"
         raise RecipeError("override, preset", problem, "override the fields themselves, e.g. finetune.weights=arq")
-    source = str(folder.path / "recipe.yaml")
-    return make_recipe(recipe_tree(folder.read("recipe.yaml"), source), overrides, source)
+    path = folder.path / "recipe.yaml"
+    return make_recipe(parse_tree(folder.read("recipe.yaml"), path), overrides, str(path))

@@ -93,11 +93,11 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
     """
     mend = "give the path of a recipe file, or a name that calibquant recipes lists"
     data = read_file(path, RecipeError, f"correct include in {includer}" if includer else mend)
-    return recipe_tree(data, str(path))
+    return parse_tree(data, path)
 
 
-def recipe_tree(data: bytes, source: str) -> dict[str, Any]:
-    """The fields in the text of a recipe; `source` names it in errors.
+def parse_tree(data: bytes, path: Path) -> dict[str, Any]:
+    """The fields that the content of a recipe file gives; `path` names it in errors.
 
     Raises:
         RecipeError: the text is no valid YAML or no mapping.
@@ -105,9 +105,9 @@ def recipe_tree(data: bytes, source: str) -> dict[str, Any]:
     try:
         tree = parse_yaml(data)
     except ValueError as error:
-        raise RecipeError(source, f"is not valid YAML ({error})", "correct the indentation or quoting there") from None
+        raise RecipeError(path, f"is not valid YAML ({error})", "correct the indentation or quoting there") from None
     if not isinstance(tree, dict):
-        raise RecipeError(source, "is not a recipe", "it must hold fields such as model: and data:")
+        raise RecipeError(path, "is not a recipe", "it must hold fields such as model: and data:")
     return tree
 
 

@@ -55,7 +55,14 @@ def declare_length(data: bytes, rng: Random) -> bytes:
     return struct.pack("<Q", rng.choice(EXTREMES)) + data[8:]
 
 
-SAFETENSORS: tuple[Mutator, ...] = (change_header, change_header, change_type, change_values, change_values, declare_length)
+SAFETENSORS: tuple[Mutator, ...] = (
+    change_header,
+    change_header,
+    change_type,
+    change_values,
+    change_values,
+    declare_length,
+)
 
 
 # --- tar --------------------------------------------------------------------------------------------------------------
@@ -78,7 +85,9 @@ def change_tar(data: bytes, rng: Random) -> bytes:
         value = bytes([rng.choice(b"0123456789xgLKSVMND\0z")])
     elif name == "size":
         large = b"\x80" + rng.choice(EXTREMES).to_bytes(11, "big")
-        value = rng.choice((b"77777777777\0", b"00000000000\0", large, b"\xff" * 12, b"-1         \0", b"9x9        \0"))
+        value = rng.choice(
+            (b"77777777777\0", b"00000000000\0", large, b"\xff" * 12, b"-1         \0", b"9x9        \0")
+        )
     else:
         value = rng.choice((
             b"", b"\xff" * length, b"../../x", b"/etc/passwd", b"a.png", b".hidden", b"x" * length, b"a.JPG", b"a.json",
@@ -238,7 +247,9 @@ def change_onnx(data: bytes, rng: Random) -> bytes:
 def _change_node(model: onnx.ModelProto, node: onnx.NodeProto, how: str, rng: Random) -> None:
     names = [name for other in model.graph.node for name in (*other.input, *other.output)]
     if how == "op":
-        node.op_type = rng.choice(("", "Conv", "Clip", "Min", "Max", "Loop", "QuantizeLinear", "Relu", "Add", "é", "x" * 9999))
+        node.op_type = rng.choice(
+            ("", "Conv", "Clip", "Min", "Max", "Loop", "QuantizeLinear", "Relu", "Add", "é", "x" * 9999)
+        )
     elif how == "attribute" and node.attribute:
         attribute = rng.choice(list(node.attribute))
         attribute.ints[:] = rng.choice(([], [0, 0], [-1, -1], [2**40, 2**40], [1] * 5, [65_535] * 4))
@@ -246,7 +257,9 @@ def _change_node(model: onnx.ModelProto, node: onnx.NodeProto, how: str, rng: Ra
     elif how == "edge" and node.input:
         node.input[rng.randrange(len(node.input))] = rng.choice(("", "nowhere", *names))
     elif how == "drop":
-        del (node.input if rng.random() < 0.5 else node.output)[rng.choice((0, slice(None))) if node.input else slice(None) :]
+        del (node.input if rng.random() < 0.5 else node.output)[
+            rng.choice((0, slice(None))) if node.input else slice(None) :
+        ]
     elif how == "cycle" and node.output:
         node.input[:] = [*node.output, *node.input[1:]]
 

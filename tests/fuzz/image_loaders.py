@@ -70,7 +70,7 @@ def _load_kaggle(folder: Path) -> None:
 
 def _manifest(folder: Path) -> list[Path]:
     digest = "0123456789abcdef" * 4
-    rows = f"a.png,{digest},0,0.5,herding,7\nb c.png,{digest},,,random,7\n\"d,e.png\",{digest},1,-1e-3,random,7\n"
+    rows = f'a.png,{digest},0,0.5,herding,7\nb c.png,{digest},,,random,7\n"d,e.png",{digest},1,-1e-3,random,7\n'
     (folder / "manifest.csv").write_text("path,sha256,label,score,strategy,seed\n" + rows)
     return [folder / "manifest.csv"]
 

@@ -74,7 +74,9 @@ class Site:
                 damage: tuple[str, ...] = (rng.choice(PLACES),)
                 _place(target, damage[0])
             else:
-                chosen = rng.choices([m for kind in self.loader.kinds for m in MUTATORS[kind]], k=rng.choice((1, 1, 1, 2, 3)))
+                chosen = rng.choices(
+                    [m for kind in self.loader.kinds for m in MUTATORS[kind]], k=rng.choice((1, 1, 1, 2, 3))
+                )
                 damage, data = tuple(m.__name__ for m in chosen), self.contents[target]
                 for mutate in chosen:
                     data = mutate(data, rng)

@@ -17,8 +17,9 @@ from calibquant.pipeline import Reporter, quantize, resume, run_recipe
 from calibquant.pipeline.measuring import measure, saved_network
 from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent
+from calibquant.reading import described_by
 from calibquant.recipe import Recipe
-from calibquant.runfolder import CHECKPOINT, RECEIPT, RunFolder, described_by, final_path, open_run, sha256
+from calibquant.runfolder import CHECKPOINT, RECEIPT, RunFolder, final_path, open_run, sha256
 from calibquant.studies.compare.foreign import evaluate_foreign, run_foreign
 from calibquant.studies.compare.predictions import PREDICTIONS, Classes, read_predictions, write_predictions
 from calibquant.studies.external import METHODS

@@ -20,7 +20,8 @@ from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
 from calibquant.pipeline.reporting import Silent
 from calibquant.pipeline.selecting import Candidates, candidates_of
-from calibquant.runfolder import RunFolder, described_by, make_folder, write_atomic
+from calibquant.reading import described_by
+from calibquant.runfolder import RunFolder, make_folder, write_atomic
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
