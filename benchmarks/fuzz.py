@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz.py [--seconds 600] [--cases 20000] [--loader NAME …] [--again]
 
-Each loader is tried in a process of its own, which has limits on memory and on the time of a case. A process that dies or
-hangs is a fault of the case that it was at; another goes on behind that case. Loaders take turns in slices of
-`SLICE` cases until the time is up. The same command goes on behind the last case of every loader in
-results/fuzz.json, so that no case is tried twice; --again begins anew, as is right after a change of the package.
+Each loader is tried in its own process, with limits on memory and on the time of a case. If a process dies or hangs,
+the case that it was at counts as a fault, and a new process continues with the next case. Loaders take turns in slices
+of `SLICE` cases until the time is up. The same command continues after the last case of every loader in
+results/fuzz.json, so that no case is tried twice. Use --again after a change of the package: it starts from case 0.
 """
 
 from __future__ import annotations
@@ -107,6 +107,10 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
             yield line
 
 
+def empty_row() -> dict[str, Any]:
+    return {"cases": 0, "accepted": 0, "refused": 0, "fault": 0, "slowest": 0.0, "faults": []}
+
+
 def add(row: dict[str, Any], found: dict[str, Any]) -> None:
     row["cases"] = found["seed"] + 1
     row[found["word"]] += 1
@@ -132,7 +136,7 @@ def main() -> None:
     chosen = arguments.loader or names
     while chosen and time.monotonic() < end:
         for name in list(chosen):
-            row = rows.setdefault(name, dict(cases=0, accepted=0, refused=0, fault=0, slowest=0.0, faults=[]))
+            row = rows.setdefault(name, empty_row())
             count = min(SLICE, arguments.cases - row["cases"])
             for found in outcomes(name, row["cases"], count) if count > 0 else ():
                 add(row, found)

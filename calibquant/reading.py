@@ -1,4 +1,4 @@
-"""Reading files that anybody may have written: their bytes, JSON and YAML, within limits and with errors of one line."""
+"""Reads files that anybody may have written: bytes, JSON and YAML, within limits and with errors of one line."""
 
 from __future__ import annotations
 
@@ -169,13 +169,13 @@ class _YamlLoader(yaml.SafeLoader):
         self._depth = self._nodes = 0
         self._sizes: dict[int, int] = {}  # id of a node -> the nodes in it, those behind aliases too
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
         mark, before = self.peek_event().start_mark, self._nodes
         is_alias = self.check_event(yaml.AliasEvent)
         if self._depth > MOST_DEPTH:
             raise _problem(_TOO_DEEP, mark)
         self._depth += 1
-        node: yaml.Node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if is_alias and id(node) not in self._sizes:
             raise _problem("an alias stands inside what it names", mark)
@@ -186,7 +186,7 @@ class _YamlLoader(yaml.SafeLoader):
             self._sizes[id(node)] = self._nodes - before
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

@@ -67,9 +67,12 @@ def test_other_yaml_is_refused_with_its_reason(text: bytes, said: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [(b'{"a": [1, -2.5e3, null, true, "\xc3\xa9"]}', {"a": [1, -2500.0, None, True, "é"]}), ("9223372036854775807", 2**63 - 1),
-     ("[" * MOST_DEPTH + "]" * MOST_DEPTH, None)],
-)  # fmt: skip
+    [
+        (b'{"a": [1, -2.5e3, null, true, "\xc3\xa9"]}', {"a": [1, -2500.0, None, True, "é"]}),
+        ("9223372036854775807", 2**63 - 1),
+        ("[" * MOST_DEPTH + "]" * MOST_DEPTH, None),
+    ],
+)
 def test_json_is_read(text: str | bytes, value: object) -> None:
     assert parse_json(text) == value or value is None
 

@@ -1,4 +1,4 @@
-"""Whether a graph that comes from a file can run: its arguments against the ops' signatures, its shapes without values."""
+"""Checks whether a graph from a file can run: arguments against the signatures of ops, and shapes without values."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _value(
         return tensors[str(node.target)].to("meta")
     op = op_of(node)
     assert op is not None
-    args = fx.node.map_arg(node.args, values.__getitem__)
+    args: Any = fx.node.map_arg(node.args, values.__getitem__)
     if op.kind in (Kind.CONVOLUTION, Kind.POOL):
         _check_lengths(node.kwargs, args[0].dim() - 2)
     return op.run(*args, **node.kwargs)

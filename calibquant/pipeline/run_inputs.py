@@ -18,6 +18,7 @@ from calibquant.pipeline.preparing import Prepared, build, open_calibration
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
 from calibquant.quantization.quantizers import ActivationQuantizer
+from calibquant.reading import described_by
 from calibquant.recipe import Recipe
 from calibquant.runfolder import RECEIPT, RunFolder
 
@@ -144,7 +145,9 @@ def _between(random: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
 def _known_shapes(folder: RunFolder, graph: fx.GraphModule) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of one image for each input: those of an earlier export, then likely ones."""
     if PARITY in folder.read_json(RECEIPT)["files"]:
-        yield [tuple(size) for size in folder.read_json(PARITY)["input"]]
+        with described_by(folder.path / PARITY):
+            shapes = [tuple(int(size) for size in shape) for shape in folder.read_json(PARITY)["input"]]
+        yield shapes
     yield from ([size] for size in _shapes(graph))
 
 

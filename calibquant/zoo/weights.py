@@ -152,7 +152,7 @@ def _refusal(path: Path, reason: str) -> ModelError:
     if named is None or not (is_pickle or start == b"PK"):  # else some text that happens to read as a pickle
         return ModelError(path, "is a plain pickle, which can run code", _SAVE_STATE) if is_pickle else _damaged(path)
     needed = [named[1]]
-    with suppress(ValueError, RuntimeError):  # torch lists them for its zip format only
+    with suppress(Exception):  # torch lists them for its zip format only, and damaged bytes raise nearly anything
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(path) or needed
     if any(name.startswith("torch.nn.modules.") for name in needed):
         return ModelError(path, "is a whole pickled network, whose loading runs code", _SAVE_STATE)

@@ -1,8 +1,8 @@
 """A seeded fuzzer of everything that CalibQuant reads.
 
 A case is a loader and a number. The number draws one to three mutators, which damage a file that the loader accepts.
-What the loader then does must be one of two: it accepts the file, or it refuses it by a CalibQuantError of one line that
-names the file. Another exception, a hang, a gigabyte of memory or a wrong exit code is a fault.
+The loader must then either accept the file, or refuse it by a CalibQuantError of one line that names the file. Another
+exception, a hang, a gigabyte of memory or a wrong exit code is a fault.
 
 - `mutators`: damage to bytes and to text, and what may stand in a file's place
 - `trees`: damage to JSON and YAML that stays JSON and YAML

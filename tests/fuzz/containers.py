@@ -190,12 +190,13 @@ ZIP: tuple[Mutator, ...] = (change_zip, change_zip, change_zip)
 
 OPCODES = (
     b"r\xff\xff\xff\x3f",  # a place in the memo far behind its end
-    b"p99999999\n", b"j\xff\xff\xff\x7f", b"h\x00", b"q\x00",
-    b"\x8b\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\xff", b"\x8a\xff", b"\x8e" + b"\xff" * 7 + b"\x7f",
-    b"\x96" + b"\xff" * 3 + b"\x7f\0\0\0\0", b"\x8d" + b"\xff" * 7 + b"\x7f", b"B\xff\xff\xff\x7f", b"X\xff\xff\xff\x7f",
-    b"(" * 5000, b"(" * 5000 + b"t" * 5000, b"]" * 5000, b")\x85" * 2000, b"cos\nsystem\n", b"c__builtin__\neval\n", b"R", b"b",
-    b"\x81", b"0", b"1", b"2", b".", b"N", b"I9" + b"9" * 5000 + b"\n", b"L9" + b"9" * 4000 + b"L\n", b"F1e999\n", b"P1\n",
-    b"Q", b"\x82\x01", b"\x80\x63", b"\x95" + b"\xff" * 8, b"u", b"s", b"a", b"e", b"d", b"l", b"}", b"K\x01",
+    b"p99999999\n", b"j\xff\xff\xff\x7f", b"h\x00", b"q\x00", b"\x8b\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\xff",
+    b"\x8a\xff", b"\x8e" + b"\xff" * 7 + b"\x7f", b"\x96" + b"\xff" * 3 + b"\x7f\0\0\0\0",
+    b"\x8d" + b"\xff" * 7 + b"\x7f", b"B\xff\xff\xff\x7f", b"X\xff\xff\xff\x7f",
+    b"(" * 5000, b"(" * 5000 + b"t" * 5000, b"]" * 5000, b")\x85" * 2000, b"cos\nsystem\n", b"c__builtin__\neval\n",
+    b"R", b"b", b"\x81", b"0", b"1", b"2", b".", b"N", b"I9" + b"9" * 5000 + b"\n", b"L9" + b"9" * 4000 + b"L\n",
+    b"F1e999\n", b"P1\n", b"Q", b"\x82\x01", b"\x80\x63", b"\x95" + b"\xff" * 8, b"u", b"s", b"a", b"e", b"d", b"l", b"}",
+    b"K\x01",
 )  # fmt: skip
 
 
@@ -257,9 +258,8 @@ def _change_node(model: onnx.ModelProto, node: onnx.NodeProto, how: str, rng: Ra
     elif how == "edge" and node.input:
         node.input[rng.randrange(len(node.input))] = rng.choice(("", "nowhere", *names))
     elif how == "drop":
-        del (node.input if rng.random() < 0.5 else node.output)[
-            rng.choice((0, slice(None))) if node.input else slice(None) :
-        ]
+        part = rng.choice((node.input, node.output))
+        del part[rng.randrange(len(part) + 1) :]
     elif how == "cycle" and node.output:
         node.input[:] = [*node.output, *node.input[1:]]
 

@@ -152,7 +152,8 @@ IMAGES = (
     Loader("class list (text)", ("text", "bytes"), _classes("classes.txt", SYNSETS), _load_classes("classes.txt")),
     Loader("class list (JSON)", ("json", "text", "bytes"), _classes("classes.json", CLASS_INDEX),
            _load_classes("classes.json")),
-    Loader("tar shard", ("tar", "tar", "bytes", "text"), _shard, lambda f: _use(open_shards(f, "a-{0..0}.tar", SMALL))),
+    Loader("tar shard", ("tar", "tar", "bytes", "text"), _shard, lambda f: _use(open_shards(f, "a-{0..0}.tar", SMALL)),
+           names=("a-",)),
     *(Loader(f"image ({form})", ("png", "bytes") if form == "png" else ("bytes",), _file(form), _load_folder,
              names=(f"a.{form}", "val"))
       for form in ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm")),

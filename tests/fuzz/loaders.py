@@ -141,10 +141,11 @@ RECIPES = (
     Loader("recipe's tree", ("yaml", "text", "bytes"), _recipe, lambda f: read_tree(f / "recipe.yaml")),
     Loader(
         "override", ("yaml", "text", "bytes"), _overrides, _load_overrides,
-        names=("override", "digits.yaml, "), places=False,
+        names=("override", "digits.yaml"), places=False,
     ),
     Loader(
         "evaluate RECIPE", ("yaml", "text"), _recipe,
         lambda f: command("evaluate", str(f / "recipe.yaml"), "evaluation.count=1", "--json"),
+        names=("recipe", "data.", "model."),
     ),
 )  # fmt: skip

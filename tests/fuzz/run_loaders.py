@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import calibquant
+from calibquant.evaluation.onnx_network import OnnxNetwork
 from calibquant.export.artifact import GRAPH, MODEL, load_artifact
 from calibquant.export.onnx_content import read_onnx
 from calibquant.export.session import open_session
-from calibquant.evaluation.onnx_network import OnnxNetwork
 from calibquant.graph.serialize import input_shapes
 from calibquant.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from calibquant.pipeline.train_checkpoint import load_training, save_training
@@ -73,7 +71,7 @@ def _reseal(folder: Path, target: Path) -> None:
 
 
 def _load_artifact(folder: Path) -> None:
-    """Load the network, and run two images through it if its shapes were checked, which runs of earlier versions lack."""
+    """Load the network, and run two images through it if its shapes were checked; older runs do not name them."""
     model = load_artifact(RunFolder(folder))
     if input_shapes(model.teacher.graph) == [[3, SIDE, SIDE]]:
         with torch.no_grad():
@@ -178,11 +176,14 @@ RUNS = (
     Loader("export RUN", JSON, _copy("parity.json", "recipe.yaml", "manifest.csv"),
            lambda f: command("export", str(f)), names=("site", "onnx"), mend=_reseal),
     Loader("checkpoint", ("json", "safetensors", "text", "bytes"), _checkpoint,
-           lambda f: load_checkpoint(RunFolder(f), _model(), "path\n"), names=("checkpoint", "site"), mend=_rehash("tensors")),
+           lambda f: load_checkpoint(RunFolder(f), _model(), "path\n"), names=("checkpoint", "site"),
+           mend=_rehash("tensors")),
     Loader("checkpoint of a training", ("json", "zip", "pickle", "bytes"), _train_checkpoint,
-           lambda f: load_training(RunFolder(f), _training(), "images"), names=("checkpoint", "site"), mend=_rehash("state")),
+           lambda f: load_training(RunFolder(f), _training(), "images"), names=("checkpoint", "site"),
+           mend=_rehash("state")),
     Loader("float.onnx", ("onnx", "bytes"), _onnx("float.onnx"), _run_onnx("float.onnx")),
     Loader("deploy.onnx", ("onnx", "bytes"), _onnx("deploy.onnx"), _run_onnx("deploy.onnx")),
-    Loader("inspect ONNX", ("onnx", "bytes"), _onnx("deploy.onnx"), lambda f: command("inspect", str(f / "deploy.onnx"))),
+    Loader("inspect ONNX", ("onnx", "bytes"), _onnx("deploy.onnx"),
+           lambda f: command("inspect", str(f / "deploy.onnx"))),
     Loader("predictions of a study", ("zip", "bytes"), _predictions, lambda f: read_predictions(f, 5)),
 )  # fmt: skip

@@ -59,7 +59,7 @@ class Site:
         self.loader, self.folder = loader, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.targets = loader.make(folder)
-        self.contents = {path: path.read_bytes() for path in self.targets}
+        self.contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def good(self) -> Outcome:
         """What the loader says of the files as they were made."""
@@ -72,7 +72,7 @@ class Site:
         try:
             if self.loader.places and rng.random() < 0.03:
                 damage: tuple[str, ...] = (rng.choice(PLACES),)
-                _place(target, damage[0])
+                _place(target, damage[-1])
             else:
                 chosen = rng.choices(
                     [m for kind in self.loader.kinds for m in MUTATORS[kind]], k=rng.choice((1, 1, 1, 2, 3))
@@ -87,11 +87,14 @@ class Site:
             self._restore(target)
 
     def _restore(self, target: Path) -> None:
+        """All files as they were made: the loader may have written some too."""
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-        target.write_bytes(self.contents[target])
+        for path, data in self.contents.items():
+            if not path.is_file() or path.read_bytes() != data:
+                path.write_bytes(data)
 
     def _outcome(self, damage: tuple[str, ...], rng: Random) -> Outcome:
         before, start = _memory(reset=True), time.monotonic()

@@ -7,10 +7,11 @@ from random import Random
 
 import pytest
 
-from calibquant.errors import DataError
+from calibquant.errors import CalibQuantError, DataError
 
 from . import LOADERS, Loader, Site
-from .loaders import MUTATORS, RECIPE, command
+from .loaders import MUTATORS, RECIPE, WrongExitError, command
+from .mutators import PLACES
 from .running import BYTES, SECONDS
 
 # Cases of each loader; those that run a command take a tenth of a second each.
@@ -56,8 +57,6 @@ def _faulty(name: str) -> Loader:
                 pass
         if name == "memory":
             return bytearray(b"x") * (BYTES + (64 << 20))
-        if name == "exits":
-            command("quantise")
         raise DataError("a.txt", "is wrong", "correct it")
 
     def make(folder: Path) -> list[Path]:
@@ -76,7 +75,6 @@ def _faulty(name: str) -> Loader:
         ("no file", "fault", "names no file"),
         ("hangs", "fault", "hang"),
         ("memory", "fault", "memory: 1.1 GiB"),
-        ("exits", "fault", "WrongExitError"),
     ],
 )
 def test_the_fuzzer_sees_each_kind_of_fault(
@@ -88,6 +86,14 @@ def test_the_fuzzer_sees_each_kind_of_fault(
     assert said in outcome.text
 
 
+def test_a_command_that_ends_otherwise_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibQuantError, match="No such command"):
+        command("quantise")
+    monkeypatch.setattr("calibquant.cli.main", lambda _: 2)
+    with pytest.raises(WrongExitError, match="exit code 2"):
+        command("quantise")
+
+
 def test_a_case_is_the_same_each_time(tmp_path: Path) -> None:
     runs = [Site(LOADERS["recipe"], tmp_path / str(i) / "site") for i in range(2)]
     for seed in range(30):
@@ -97,8 +103,8 @@ def test_a_case_is_the_same_each_time(tmp_path: Path) -> None:
 
 def test_places_are_put_back(tmp_path: Path) -> None:
     site = Site(LOADERS["manifest"], tmp_path / "site")
-    seen = {outcome.damage[0] for outcome in map(site.run, range(400)) if len(outcome.damage) == 1}
-    assert seen == {"directory", "fifo", "missing", "loop", "device"}
+    seen = {outcome.damage[-1] for outcome in map(site.run, range(800))} & set(PLACES)
+    assert seen == set(PLACES)
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["manifest.csv"]
     assert site.good().word == "accepted"
 

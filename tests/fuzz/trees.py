@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -46,7 +47,7 @@ def change_tree(tree: Any, rng: Random) -> Any:
     """The tree with one place changed: another value, a neighbour's, none, another name, or a number somewhat off."""
     paths = [path for path in _paths(tree) if path]
     if not paths or rng.random() < 0.02:
-        return rng.choice(ALIENS)
+        return deepcopy(rng.choice(ALIENS))
     path = rng.choice(paths)
     holder, key, value = _at(tree, path[:-1]), path[-1], _at(tree, path)
     how = rng.choice(("alien", "alien", "alien", "other", "drop", "rename", "number", "double", "nest"))
@@ -64,7 +65,7 @@ def change_tree(tree: Any, rng: Random) -> Any:
     elif how == "nest":
         holder[key] = _nested(rng.choice((1, 2, 40, 200)))
     else:
-        holder[key] = rng.choice(ALIENS)
+        holder[key] = deepcopy(rng.choice(ALIENS))
     return tree
 
 
