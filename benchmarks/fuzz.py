@@ -12,50 +12,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import selectors
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import common
+import torch
 
-TESTS = Path(__file__).parents[1] / "tests"
-SLICE = 250
-PATIENCE = 25.0  # seconds without a word from a process: 10 of a case, and those that it needs to start
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from fuzz import LOADERS, Site
+
+SLICE = 500
+PATIENCE = 25.0  # seconds without a word from a process: 10 of a case, and what a busy machine adds
 COMMAND = "python benchmarks/fuzz.py"
-
-
-def table_of_loaders() -> dict[str, Any]:
-    sys.path.insert(0, str(TESTS))
-    from fuzz import LOADERS
-
-    return LOADERS
 
 
 # --- in the process that tries a loader -------------------------------------------------------------------------------
 
 
-def work(name: str, first: int, count: int) -> None:
-    """Print a line of JSON when ready, then one for each case."""
-    import torch
-
-    torch.set_num_threads(1)
-    loader = table_of_loaders()[name]
-    from fuzz import Site
-
+def work(name: str, first: int, count: int, results: Connection) -> None:
+    """Send a word on the good files, then the outcome of each case."""
     with tempfile.TemporaryDirectory() as folder:
-        site = Site(loader, Path(folder) / "site")
+        site = Site(LOADERS[name], Path(folder) / "site")
         good = site.good()
-        print(json.dumps({"seed": None, "word": good.word, "text": good.text}), flush=True)
+        results.send({"seed": None, "word": good.word, "text": good.text})
         for seed in range(first, first + count):
             found = site.run(seed)
             text = found.text if found.word == "fault" else ""
-            line = {"seed": seed, "word": found.word, "text": text, "damage": found.damage, "seconds": found.seconds}
-            print(json.dumps(line), flush=True)
+            results.send({"seed": seed, "word": found.word, "text": text, "damage": found.damage,
+                          "seconds": found.seconds})  # fmt: skip
 
 
 # --- in the process that counts ---------------------------------------------------------------------------------------
@@ -64,15 +54,15 @@ def work(name: str, first: int, count: int) -> None:
 def outcomes(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
     """The outcomes of the cases; one in which the process hangs or dies is a fault too."""
     end = first + count
+    fork = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     while first < end:
-        arguments = [sys.executable, __file__, "--work", name, str(first), str(end - first)]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)
-        started = False
+        results, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=work, args=(name, first, end - first, theirs))
+        process.start()
+        theirs.close()
         try:
-            for line in _lines(process):
-                found = json.loads(line)
+            for found in received(results):
                 if found["seed"] is None:
-                    started = True
                     if found["word"] != "accepted":
                         raise SystemExit(f"{name}: its good files are not accepted: {found['text']}")
                     continue
@@ -81,30 +71,22 @@ def outcomes(name: str, first: int, count: int) -> Iterator[dict[str, Any]]:
         finally:
             if first < end:  # it hangs, or nobody asks for more
                 process.kill()
-            code = process.wait()
+            process.join()
         if first < end:
-            if not started:
-                raise SystemExit(f"{name}: its process ended with {code} before the first case")
-            text = f"the process hung or died (exit code {code})"
+            text = f"the process hung or died (exit code {process.exitcode})"
             yield {"seed": first, "word": "fault", "text": text, "damage": [], "seconds": PATIENCE}
             first += 1
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    """The lines of a process, which is ended where none comes for too long."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        patience = 120.0  # for imports and good files on a busy machine
-        while True:
-            if not selector.select(patience):
-                process.kill()
-                return
-            line = process.stdout.readline()
-            if not line:
-                return
-            patience = PATIENCE
-            yield line
+def received(results: Connection) -> Iterator[dict[str, Any]]:
+    """What a process sends until it ends, or says nothing for too long."""
+    patience = 120.0  # for the good files on a busy machine
+    while results.poll(patience):
+        try:
+            yield results.recv()
+        except EOFError:
+            return
+        patience = PATIENCE
 
 
 def empty_row() -> dict[str, Any]:
@@ -125,12 +107,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=20_000, help="of each loader at most")
     parser.add_argument("--loader", action="append", help="only this one")
     parser.add_argument("--again", action="store_true", help="begin anew")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.work[0], int(arguments.work[1]), int(arguments.work[2]))
-        return
-    names, path = list(table_of_loaders()), common.RESULTS / "fuzz.json"
+    torch.set_num_threads(1)
+    names, path = list(LOADERS), common.RESULTS / "fuzz.json"
     rows: dict[str, Any] = {} if arguments.again or not path.is_file() else json.loads(path.read_text())["loaders"]
     end = time.monotonic() + arguments.seconds
     chosen = arguments.loader or names

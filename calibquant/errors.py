@@ -59,7 +59,7 @@ class ParallelError(CalibQuantError):
 
 
 def _line(text: str) -> str:
-    """A text on one line: unprintable characters are escaped, and the middle of a text of more than `_LONGEST` is cut."""
+    """A text on one line: unprintable characters are escaped, and the middle of a very long text is cut."""
     text = " ".join(text.split())
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"

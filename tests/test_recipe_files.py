@@ -78,6 +78,7 @@ def test_the_effective_recipe_stands_alone(write: Write, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
+        ({"recipe": r'include: ["a\0.yaml"]'}, r"a\\x00.yaml: is not the name of a file; correct include in"),
         ({"recipe": "include: [gone.yaml]"}, r"gone.yaml: cannot be .*\(No such .*; correct include in .*recipe.yaml$"),
         ({"recipe": "include: part.yaml"}, r"recipe.yaml, include: is no list of files; write for example include: \["),
         ({"recipe": "include: [3]"}, "recipe.yaml, include: is no list of files"),
@@ -239,3 +240,10 @@ def test_a_built_package_brings_its_recipes(tmp_path: Path) -> None:
     assert {p.relative_to(built) for p in built.rglob("*.yaml")} == {
         p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")
     }
+
+
+def test_an_included_link_to_itself_is_refused(write: Write) -> None:
+    path = write("recipe.yaml", "include: [loop.yaml]")
+    (path.parent / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(RecipeError, match=r"loop\.yaml: cannot be read \(.*\); correct include in .*recipe\.yaml$"):
+        load_recipe(path)

@@ -6,6 +6,7 @@ overrides. There is one preset: the one named furthest down.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -74,11 +75,19 @@ def layers_of(path: Path, within: tuple[Path, ...] = ()) -> list[Layer]:
     chain = (*within, path)
     layers: list[Layer] = []
     for inner in (path.parent / name for name in includes):
-        if any(inner.resolve() == outer.resolve() for outer in chain):
+        if any(_real(inner) == _real(outer) for outer in chain):
             way = " -> ".join(str(file) for file in (*chain, inner))
             raise RecipeError(f"{path}, include", f"goes in a circle ({way})", "take one of these out")
         layers += layers_of(inner, chain)
     return [*layers, Layer(str(path), tree)]
+
+
+def _real(path: Path) -> str:
+    """The file that a path leads to; the path itself where it leads to none, such as a link to itself."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:

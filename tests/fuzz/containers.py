@@ -195,8 +195,8 @@ OPCODES = (
     b"\x8d" + b"\xff" * 7 + b"\x7f", b"B\xff\xff\xff\x7f", b"X\xff\xff\xff\x7f",
     b"(" * 5000, b"(" * 5000 + b"t" * 5000, b"]" * 5000, b")\x85" * 2000, b"cos\nsystem\n", b"c__builtin__\neval\n",
     b"R", b"b", b"\x81", b"0", b"1", b"2", b".", b"N", b"I9" + b"9" * 5000 + b"\n", b"L9" + b"9" * 4000 + b"L\n",
-    b"F1e999\n", b"P1\n", b"Q", b"\x82\x01", b"\x80\x63", b"\x95" + b"\xff" * 8, b"u", b"s", b"a", b"e", b"d", b"l", b"}",
-    b"K\x01",
+    b"F1e999\n", b"P1\n", b"Q", b"\x82\x01", b"\x80\x63", b"\x95" + b"\xff" * 8, b"u", b"s", b"a", b"e", b"d", b"l",
+    b"}", b"K\x01",
 )  # fmt: skip
 
 
