@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+_LONGEST = 600  # characters of each part of a message; names from damaged files may have millions
+
 
 class CalibQuantError(Exception):
     """Base of every error that is the input's or the machine's fault, not a bug.
@@ -22,7 +24,7 @@ class CalibQuantError(Exception):
 
     def __init__(self, where: object, problem: str, mend: str) -> None:
         self.where, self.problem, self.mend = str(where), problem, mend
-        super().__init__(" ".join(f"{where}: {problem}; {mend}".split()))
+        super().__init__(f"{_line(str(where))}: {_line(problem)}; {_line(mend)}")
 
     def __reduce__(self) -> tuple[type[CalibQuantError], tuple[str, str, str]]:
         """So that it can be sent from one process to another."""
@@ -96,6 +98,16 @@ _LACK = re.compile(
     r"could not create a primitive(?! desc)|can't allocate memory|not enough memory|out of memory|std::bad_alloc"
     r"|Failed to allocate memory|Cannot allocate memory"
 )
+
+
+def _line(text: str) -> str:
+    """A text on one line: unprintable characters are escaped, and the middle of a very long text is cut."""
+    text = " ".join(text.split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ def in_run_folder(path: Path) -> bool:
         >>> in_run_folder(Path("configs/digits.yaml"))
         False
     """
-    above = {*path.absolute().parents, *path.resolve().parents}
+    above = {*path.absolute().parents, *Path(os.path.realpath(path)).parents}
     return any(folder.name.endswith(".partial") or (folder / RECEIPT).is_file() for folder in above)
 
 

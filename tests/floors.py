@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FLOORS = {
-    "errors": 0, "strangers": 0, "locking": 0,
+    "errors": 0, "strangers": 0, "locking": 0, "reading": 0,
     "recipe": 1, "runfolder": 1, "parallel": 1,
     "networks": 2, "numerics": 2, "metrics": 2,
     "graph": 3, "data": 3, "zoo": 3,
@@ -18,8 +18,8 @@ FLOORS = {
     "cli": 7,
     "__main__": 8,
 }  # fmt: skip
-# On floor 6 the studies run pipelines; on all other floors rooms do not know their neighbours.
-NEIGHBOURS = {("studies", "pipeline")}
+# On floor 0 readers raise errors, on floor 6 the studies run pipelines; else rooms do not know their neighbours.
+NEIGHBOURS = {("reading", "errors"), ("studies", "pipeline")}
 ARCHITECTURE = re.compile(
     r"alexnet|convnext|densenet|efficientnet|googlenet|inception|mnasnet|mobilenet|regnet|resnet|resnext|shufflenet"
     r"|squeezenet|vgg|(?<!e)xception",

@@ -78,13 +78,14 @@ def test_the_effective_recipe_stands_alone(write: Write, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
+        ({"recipe": r'include: ["a\0.yaml"]'}, r"a\\x00.yaml: is not the name of a file; correct include in"),
         ({"recipe": "include: [gone.yaml]"}, r"gone.yaml: cannot be .*\(No such .*; correct include in .*recipe.yaml$"),
         ({"recipe": "include: part.yaml"}, r"recipe.yaml, include: is no list of files; write for example include: \["),
         ({"recipe": "include: [3]"}, "recipe.yaml, include: is no list of files"),
         ({"recipe": "include: [recipe.yaml]"}, r"yaml, include: goes in a circle \(.*recipe.yaml -> .*recipe.yaml\)"),
         ({"recipe": "include: [a.yaml]", "a": "include: [b.yaml]", "b": "include: [a.yaml]"}, "b.yaml, include: goes"),
         ({"recipe": "include: [a.yaml]", "a": "- 1"}, "a.yaml: is not a recipe; it must hold fields"),
-        ({"recipe": "include: [a.yaml]", "a": "a: b: c"}, "a.yaml, line 1: is not valid YAML; correct"),
+        ({"recipe": "include: [a.yaml]", "a": "a: b: c"}, r"a.yaml: is not valid YAML \(line 1: .*\); correct"),
         ({"recipe": "include: [a.yaml]", "a": "{quant: {weights: {bit: 2}}}"},
          r"a.yaml, quant.weights.bit: this key is unknown; did you mean 'bits'\?"),
         ({"recipe": "{include: [a.yaml], seed: 1}", "a": "{sed: 1}"}, "a.yaml, sed: this key is unknown; did you mean"),
@@ -239,3 +240,10 @@ def test_a_built_package_brings_its_recipes(tmp_path: Path) -> None:
     assert {p.relative_to(built) for p in built.rglob("*.yaml")} == {
         p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")
     }
+
+
+def test_an_included_link_to_itself_is_refused(write: Write) -> None:
+    path = write("recipe.yaml", "include: [loop.yaml]")
+    (path.parent / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(RecipeError, match=r"loop\.yaml: cannot be read \(.*\); correct include in .*recipe\.yaml$"):
+        load_recipe(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from calibquant.cli.tables import (
     show_units,
 )
 
+if TYPE_CHECKING:
+    from calibquant.quantization import QuantModel
+
 
 def inspect(
     target: Annotated[
@@ -28,8 +31,8 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
 ) -> None:
     """Show what is inside a run or an ONNX file: bits, bytes, ranges, and what stays float."""
-    from calibquant.export.artifact import load_artifact, size_of
-    from calibquant.export.record import record
+    from calibquant.export.artifact import load_artifact
+    from calibquant.reading import described_by
     from calibquant.runfolder import newest_run, open_run
 
     if target is not None and target.suffix == ".onnx":
@@ -38,7 +41,14 @@ def inspect(
     path = newest_run(runs) if target is None else target.parent if target.is_file() else target
     folder = open_run(path)
     model, metrics, receipt = load_artifact(folder), folder.read_json("metrics.json"), folder.read_json("receipt.json")
-    _check_facts(path, metrics, receipt)
+    with described_by(path / "metrics.json"):
+        _show(path, model, metrics, receipt, json)
+
+
+def _show(path: Path, model: QuantModel, metrics: dict[str, Any], receipt: dict[str, Any], json: bool) -> None:
+    from calibquant.export.artifact import size_of
+    from calibquant.export.record import record
+
     size, rows = size_of(model), record(model)
     files = {name: (path / name).stat().st_size for name in receipt["files"] if name.endswith(".onnx")}
     unlisted = sorted(
@@ -73,29 +83,6 @@ def inspect(
     if unlisted:
         checked += f" Not listed there, and not read: {', '.join(unlisted)}."
     console.out.print(checked, markup=False)
-
-
-def _check_facts(run: Path, metrics: object, receipt: object) -> None:
-    """Check that a run's facts are there that are shown.
-
-    Raises:
-        RunFolderError: they are not.
-    """
-    from calibquant.errors import RunFolderError
-
-    shown = {
-        "metrics.json": (metrics, ("setting", "placement", "boundary", "units", "evaluated_on", "size/file",
-                                   "float/top1", "quantized/top1", "quantized/agreement", "quantized/count")),
-        "receipt.json": (receipt, ("versions/calibquant", "seed")),
-    }  # fmt: skip
-    for name, (facts, keys) in shown.items():
-        for key in keys:
-            found = facts
-            for part in key.split("/"):
-                found = found.get(part, ...) if isinstance(found, dict) else ...
-            if found is ...:
-                mend = "use the calibquant that wrote it, or quantize again"
-                raise RunFolderError(run / name, f"lacks {key.replace('/', '.')}", mend)
 
 
 def _inspect_onnx(path: Path, json: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from calibquant.data.imageset import ImageSet, check_indices
 from calibquant.data.lists import parse_digest, parse_label, read_rows
 from calibquant.errors import DataError
+from calibquant.reading import parse_whole
 
 
 @dataclass(frozen=True)
@@ -158,4 +159,7 @@ def _parse_seed(text: str, where: str) -> int:
     text = text.strip()
     if not (text.isascii() and text.isdigit()):
         raise DataError(where, f"seed '{text}' is not a whole number from 0", "write the seed of the draw")
-    return int(text)
+    try:
+        return parse_whole(text)
+    except ValueError as error:
+        raise DataError(where, f"seed is too large ({error})", "write the seed of the draw") from None

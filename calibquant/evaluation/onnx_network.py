@@ -10,6 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from calibquant.errors import ModelError
+
+MOST_AT_ONCE = 65_536  # images; a file that asks for more is damaged
+
 
 class Runnable(Protocol):
     """An opened ONNX file."""
@@ -53,6 +57,9 @@ class OnnxNetwork(nn.Module):
         size = shape[0] if shape else None
         if size is None:
             return torch.from_numpy(self.session.run(*arrays)[0])
+        if not 1 <= size <= MOST_AT_ONCE:
+            name = getattr(self.session, "name", "the ONNX file")
+            raise ModelError(name, f"takes {size:,} images at a time", "give a file that calibquant export wrote")
         count = len(arrays[0])
         parts = [self._run([_filled(a[i : i + size], size) for a in arrays]) for i in range(0, count, size)]
         return torch.from_numpy(np.concatenate(parts)[:count])

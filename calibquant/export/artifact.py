@@ -33,7 +33,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from calibquant.errors import RunFolderError
-from calibquant.graph.serialize import from_json, to_json
+from calibquant.graph.serialize import from_json, input_shapes, to_json
 from calibquant.numerics.affine import QTensor
 from calibquant.numerics.allocation import MOST
 from calibquant.numerics.grid import Grid, PerChannel, widest
@@ -198,6 +198,7 @@ def save_artifact(model: QuantModel, folder: RunFolder) -> None:
         "placement": plan.placement,
         "boundary": plan.boundary,
         **({} if plan.reach == "auto" else {"reach": plan.reach}),
+        "input": input_shapes(model.teacher.graph),
         "nodes": to_json(model.teacher.graph),
         "weights": {n: {"shape": shapes[n], **p.to_json()} for n, p in plan.weights.items()},
         "activations": [{"node": n, **p.to_json()} for n, p in plan.activations.items()],
@@ -225,13 +226,15 @@ def load(run: str | Path) -> QuantModel:
 
 def load_artifact(folder: RunFolder) -> QuantModel:
     """`load`, from an opened run folder."""
-    description = folder.read_json(GRAPH)
+    description, data = folder.read_json(GRAPH), folder.read(MODEL)
     try:
-        stored = load_safetensors(folder.read(MODEL))
-    except SafetensorError as error:
+        stored = load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the others: types that torch does not have
         raise RunFolderError(folder.path / MODEL, f"is damaged ({error})", "restore it or quantize again") from None
     try:
         return _rebuild(description, stored)
+    except RunFolderError as error:  # of the graph, which does not know its folder
+        raise RunFolderError(folder.path / error.where, error.problem, error.mend) from None
     except DAMAGE as error:
         raise RunFolderError(
             folder.path / GRAPH,
@@ -247,7 +250,8 @@ def _rebuild(description: dict[str, Any], stored: dict[str, Tensor]) -> QuantMod
     codes = {name: _read_weight(stored, name, tuple(rows[name]["shape"]), p) for name, p in plan.weights.items()}
     names = [row["parameter"] for row in description["nodes"] if row["op"] == "get_attr"]
     tensors = {name: codes[name].dequantize() if name in codes else stored[name] for name in names}
-    model = QuantModel(from_json(description["nodes"], tensors), plan, description["dynamic"])
+    teacher = from_json(description["nodes"], tensors, description.get("input"))  # runs of earlier versions have none
+    model = QuantModel(teacher, plan, description["dynamic"])
     if len(model.quantizers) != len(plan.weights) + len(plan.activations):
         raise ValueError("it plans quantizers for nodes that are not there")
     restore(model, stored)

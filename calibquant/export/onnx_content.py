@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibquant.errors import ModelError
-from calibquant.export.session import import_onnx
+from calibquant.export.session import brief, import_onnx
+from calibquant.reading import read_file
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -70,11 +71,7 @@ def read_onnx(path: Path) -> OnnxContent:
     Raises:
         ModelError: it cannot be read; see `onnx_content`.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ModelError(path, f"cannot be read ({error.strerror})", "give the path of an ONNX file") from None
-    return onnx_content(str(path), data)
+    return onnx_content(str(path), read_file(path, ModelError, "give the path of an ONNX file"))
 
 
 def onnx_content(name: str, data: bytes) -> OnnxContent:
@@ -88,6 +85,14 @@ def onnx_content(name: str, data: bytes) -> OnnxContent:
         ModelError: onnx is not installed, or the file is no ONNX file.
     """
     model = parse(name, data)
+    try:
+        return _content(name, data, model)
+    except Exception as error:  # onnx and protobuf raise nearly anything where a tensor or a text is damaged
+        problem = f"is a damaged ONNX file ({brief(error)})"
+        raise ModelError(name, problem, "give a file that calibquant export wrote") from None
+
+
+def _content(name: str, data: bytes, model: ModelProto) -> OnnxContent:
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     tensors = {t.name: t for t in graph.initializer}

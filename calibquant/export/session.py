@@ -69,7 +69,7 @@ def open_session(name: str, data: bytes, threads: int | None = None) -> Session:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # see Session.run
         reason = f"ONNX Runtime {runtime.__version__}: {brief(error)}"
         if any(sign in str(error).lower() for sign in ("protobuf parsing failed", "no graph was found")):

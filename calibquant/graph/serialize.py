@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from inspect import signature
+from collections.abc import Sequence
 from keyword import iskeyword
 from typing import Any
 
 from torch import Tensor, fx
 
 from calibquant.errors import RunFolderError
+from calibquant.graph.checking import check_arguments, check_shapes
 from calibquant.graph.lowering import build
 from calibquant.graph.nodes import op_of
 from calibquant.graph.ops import OPS
@@ -40,15 +41,19 @@ def to_json(graph: fx.Graph) -> list[dict[str, Any]]:
     return rows
 
 
-def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.GraphModule:
+def from_json(
+    rows: list[dict[str, Any]], tensors: dict[str, Tensor], shapes: Sequence[Sequence[int]] | None = None
+) -> fx.GraphModule:
     """Rebuild a GraphModule; node names are kept.
 
     Args:
         rows: what `to_json` gave (after a trip through JSON).
         tensors: the parameters by name.
+        shapes: of one image for each input, for which every node is checked; None where they are not known.
 
     Raises:
-        RunFolderError: an op is not on the allow-list, a node or parameter it names is missing, or a row is malformed.
+        RunFolderError: an op is not on the allow-list, a node or parameter it names is missing, a row is malformed, or
+            a node cannot be computed for images of these shapes.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -75,7 +80,7 @@ def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Grap
             elif op in OPS:
                 attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in row["attributes"].items()}
                 args = tuple(inputs(i) for i in row["inputs"])
-                signature(OPS[op].run).bind(*args, **attributes)
+                check_arguments(OPS[op], args, attributes)
                 nodes[name] = graph.create_node("call_function", OPS[op].run, args, attributes, name=name)
             else:
                 raise RunFolderError(where, f"the op '{op}' is not on the allow-list", "update calibquant")
@@ -83,7 +88,19 @@ def from_json(rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> fx.Grap
             raise RunFolderError(where, f"is damaged ({type(error).__name__}: {error})", "quantize again") from None
     if not any(n.op == "output" for n in graph.nodes):
         raise RunFolderError("graph.json", "has no output", "quantize again")
-    return build({str(n.target): tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}, graph)
+    rebuilt = build({str(n.target): tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}, graph)
+    if shapes is not None:
+        try:
+            check_shapes(rebuilt, shapes)
+        except ValueError as error:
+            raise RunFolderError("graph.json", str(error), "quantize again") from None
+    return rebuilt
+
+
+def input_shapes(graph: fx.Graph) -> list[list[int]] | None:
+    """The shape of one image for each input of a graph that was captured or checked; None for other graphs."""
+    shapes = [node.meta.get("shape") for node in graph.nodes if node.op == "placeholder"]
+    return None if None in shapes else [list(shape[1:]) for shape in shapes]
 
 
 def _check_parameter(name: str) -> None:

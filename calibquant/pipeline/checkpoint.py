@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from calibquant.errors import RunFolderError
-from calibquant.export.artifact import artifact_tensors, restore
+from calibquant.export.artifact import DAMAGE, artifact_tensors, restore
 from calibquant.pipeline.writing import network_hash
 from calibquant.quantization import QuantModel
 from calibquant.reconstruction import LayerReport, UnitReport
@@ -91,7 +90,7 @@ def load_checkpoint(folder: RunFolder, model: QuantModel, manifest: str) -> Prog
         reports = [UnitReport(**row) for row in stored["units"]]
         layers = [LayerReport(**row) for row in stored.get("layers", [])]  # earlier versions had none
         return Progress(reports, dict(stored["nearest"]), dict(stored["seconds"]), layers)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
+    except DAMAGE as error:
         raise RunFolderError(
             where, f"is damaged ({str(error)[:200]})", "delete the hidden folder and quantize again"
         ) from None

@@ -19,6 +19,7 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.measuring import RECIPE, measure, run_recipe, saved_network, warn_of_images
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin, note
+from calibquant.reading import read_file
 from calibquant.recipe import Recipe, load_recipe
 from calibquant.runfolder import RECEIPT, RunFolder, open_run
 
@@ -53,7 +54,7 @@ def evaluate_onnx(
     reporter = reporter or Silent()
     beside = path.parent / RECIPE
     folder = open_run(path.parent) if (path.parent / RECEIPT).is_file() else None
-    data = _read(path) if folder is None else folder.read(path.name)
+    data = read_file(path, ModelError, "give the path of an ONNX file") if folder is None else folder.read(path.name)
     if recipe_file is None and not beside.is_file():
         raise RecipeError(beside, "there is no recipe beside the file", "name one with --recipe FILE")
     if folder is not None and recipe_file is None:
@@ -128,10 +129,3 @@ def _measure(
     recipe: Recipe, network: nn.Module, images: ImageSet, reporter: Reporter, reference: Evaluation | None = None
 ) -> Evaluation:
     return measure(recipe, network, images, torch.device("cpu"), reporter, reference)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(path, f"cannot be read ({error.strerror})", "give the path of an ONNX file") from None

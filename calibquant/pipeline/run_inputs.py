@@ -181,7 +181,7 @@ def _shapes(graph: fx.GraphModule) -> Iterator[tuple[int, ...]]:
 
 
 def _takes(model: QuantModel, shapes: list[tuple[int, ...]]) -> bool:
-    with suppress(RuntimeError, ValueError, IndexError), torch.inference_mode():
+    with suppress(RuntimeError, ValueError, IndexError, TypeError, OverflowError), torch.inference_mode():
         model(*(torch.zeros(2, *shape) for shape in shapes))
         return True
     return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -68,6 +67,9 @@ def load_training(folder: RunFolder, training: Training, images: str, name: str 
     except RuntimeError:
         problem = "was made of another network or with other settings"
         raise RunFolderError(where, problem, "restore what the training began with") from None
-    except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and train again") from None
+    except RunFolderError:
+        raise
+    except Exception as error:  # torch's restricted reader raises nearly every kind on damaged bytes
+        problem = f"is damaged ({type(error).__name__}: {error})"
+        raise RunFolderError(where, problem, "delete the hidden folder and train again") from None
     return True

@@ -9,6 +9,7 @@ empties a mapping such as model.options.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
+from calibquant.reading import parse_yaml
 from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import merged
 from calibquant.recipe.section import Section, given, keep_given, section_of
@@ -155,11 +156,19 @@ def layers_of(path: Path, within: tuple[Path, ...] = (), stranger: bool = False)
     chain = (*within, path)
     layers: list[Layer] = []
     for inner in (path.parent / name for name in includes):
-        if any(inner.resolve() == outer.resolve() for outer in chain):
+        if any(_real(inner) == _real(outer) for outer in chain):
             way = " -> ".join(str(file) for file in (*chain, inner))
             raise RecipeError(f"{path}, include", f"goes in a circle ({way})", "take one of these out")
         layers += layers_of(inner, chain, stranger)
     return [*layers, Layer(_shown(path), tree, stranger)]
+
+
+def _real(path: Path) -> str:
+    """The file that a path leads to; the path itself where it leads to none, such as a link to itself."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
@@ -174,13 +183,11 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
     """
     try:
         data = _read(path, includer)
-    except OSError as error:
-        mend = (
-            f"correct include in {includer}"
-            if includer
-            else "give the path of a recipe file, or a name that calibquant recipes lists"
-        )
-        raise RecipeError(_shown(path), f"cannot be read ({error.strerror})", mend) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        mend = "give the path of a recipe file, or a name that calibquant recipes lists"
+        mend = f"correct include in {includer}" if includer else mend
+        raise RecipeError(_shown(path), f"cannot be read ({reason})", mend) from None
     return parse_tree(data, path)
 
 
@@ -188,18 +195,13 @@ def parse_tree(data: bytes, path: Path) -> dict[str, Any]:
     """The fields that the content of a recipe file gives; `path` names it in errors.
 
     Raises:
-        RecipeError: it is no UTF-8 text, no valid YAML or no mapping.
+        RecipeError: the text is no valid YAML or no mapping.
     """
     try:
-        tree = yaml.safe_load(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise RecipeError(_shown(path), "cannot be read (it is not UTF-8 text)", "give a recipe file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{_shown(path)}{line}", "is not valid YAML", "correct the indentation or quoting there"
-        ) from None
+        tree = parse_yaml(data)
+    except ValueError as error:
+        where, mend = _shown(path), "correct the indentation or quoting there"
+        raise RecipeError(where, f"is not valid YAML ({error})", mend) from None
     if not isinstance(tree, dict):
         raise RecipeError(_shown(path), "is not a recipe", "it must hold fields such as model: and data:")
     return tree
@@ -307,9 +309,9 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"override '{text}'", "is not key=value", "write for example quant.weights.bits=2")
     try:
-        leaf: Any = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"override '{text}'", "its value is not valid YAML", "quote the value") from None
+        leaf: Any = parse_yaml(value.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise RecipeError(f"override '{text}'", f"its value is not valid YAML ({error})", "quote the value") from None
     return _nested(key.strip(), leaf)
 
 

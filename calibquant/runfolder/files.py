@@ -15,6 +15,7 @@ from typing import Any
 
 from calibquant.errors import RunFolderError
 from calibquant.locking import HeldError, locked
+from calibquant.reading import parse_json
 from calibquant.strangers import MOST, MOST_TEXT, RECEIPT, read_regular
 
 FORMAT_VERSION = 1
@@ -83,9 +84,9 @@ class RunFolder:
             RunFolderError: as `read`, or it is not JSON.
         """
         try:
-            return json.loads(self.read(name, MOST_TEXT))
-        except (ValueError, RecursionError):
-            raise RunFolderError(self.path / name, "is damaged (no valid JSON)", "quantize again") from None
+            return parse_json(self.read(name, MOST_TEXT))
+        except ValueError as error:
+            raise RunFolderError(self.path / name, f"is damaged ({error})", "quantize again") from None
 
     def has(self, name: str) -> bool:
         """Whether the run has a file of that name; in a finished run, whether its receipt lists it."""

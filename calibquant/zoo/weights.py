@@ -36,6 +36,7 @@ COUNTERS = ("n_averaged", "total_ops", "total_params")  # entries that AveragedM
 State = Mapping[str, Tensor]
 Translation = tuple[Naming, dict[str, str]]
 _NAMED = 3  # keys of a mismatch that an error names
+_PLAIN = "save the float network's own tensors, e.g. tensor.to_dense() or tensor.dequantize()"
 _SAVE_STATE = "save network.state_dict() with torch.save, or as .safetensors, and give that file"
 
 
@@ -165,7 +166,7 @@ def _refusal(path: Path, reason: str) -> ModelError:
     if named is None or not (is_pickle or start == b"PK"):  # else some text that happens to read as a pickle
         return ModelError(path, "is a plain pickle, which can run code", _SAVE_STATE) if is_pickle else _damaged(path)
     needed = [named[1]]
-    with suppress(ValueError, RuntimeError):  # torch lists them for its zip format only
+    with suppress(Exception):  # torch lists them for its zip format only, and damaged bytes raise nearly anything
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(path) or needed
     if any(name.startswith("torch.nn.modules.") for name in needed):
         return ModelError(path, "is a whole pickled network, whose loading runs code", _SAVE_STATE)
@@ -187,6 +188,9 @@ def _state_dict(held: object, path: Path) -> tuple[dict[str, Tensor], str | None
     for key, value in held.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ModelError(f"{path}, entry '{key}'", f"is a {type(value).__name__}, not a tensor", _SAVE_STATE)
+        kind = _special_kind(value)
+        if kind:
+            raise ModelError(f"{path}, tensor '{key}'", f"is {kind}, not plain numbers", _PLAIN)
     return dict(held), wrapper, others
 
 
@@ -196,6 +200,17 @@ def _without_counters(loaded: State, targets: State) -> tuple[State, list[str]]:
     counted = {key: key.rpartition(".")[2] for key in loaded}
     extra = {key: name for key, name in counted.items() if name in COUNTERS and name not in own}
     return {key: value for key, value in loaded.items() if key not in extra}, sorted(set(extra.values()))
+
+
+def _special_kind(value: Tensor) -> str:
+    """How a tensor differs from one that holds its values plainly, in words; "" where it does not."""
+    if value.is_meta:
+        return "a tensor without values (device meta)"
+    if value.is_quantized:
+        return f"quantized ({value.dtype})"
+    if value.is_nested:
+        return "nested"
+    return "" if value.layout is torch.strided else f"sparse ({value.layout})"
 
 
 def _named_alike(

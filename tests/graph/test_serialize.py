@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calibquant.errors import RunFolderError
 from calibquant.graph import capture
-from calibquant.graph.serialize import from_json, to_json
+from calibquant.graph.serialize import from_json, input_shapes, to_json
 
 Rows = list[dict[str, Any]]
 
@@ -25,7 +25,10 @@ Rows = list[dict[str, Any]]
 def test_a_graph_survives_the_trip_through_json(name: str) -> None:
     for graph in (captured(name), folded(name)):
         text = json.dumps(to_json(graph.graph), allow_nan=False)
-        rebuilt = from_json(json.loads(text), dict(graph.named_buffers()))
+        shapes = input_shapes(graph.graph)
+        assert shapes is not None
+        rebuilt = from_json(json.loads(text), dict(graph.named_buffers()), json.loads(json.dumps(shapes)))
+        assert input_shapes(rebuilt.graph) == shapes
         for batch in (1, 3):
             x = NETWORKS[name].example(batch)
             assert torch.equal(graph(x), rebuilt(x))
@@ -95,6 +98,13 @@ ATTRIBUTES = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups":
         (changed(attributes=[1]), "'_0': is damaged"),
         (changed(attributes={"stride": [1, 1]}), "'_0': is damaged .*padding"),
         (changed(attributes={**ATTRIBUTES, "extra": 1}), "'_0': is damaged .*extra"),
+        (changed(attributes={**ATTRIBUTES, "groups": True}), "'_0': is damaged .*groups"),
+        (changed(attributes={**ATTRIBUTES, "groups": 1.0}), "'_0': is damaged .*groups"),
+        (changed(attributes={**ATTRIBUTES, "stride": 1}), "'_0': is damaged .*stride"),
+        (changed(attributes={**ATTRIBUTES, "stride": [1, [1]]}), "'_0': is damaged .*stride"),
+        (changed(attributes={**ATTRIBUTES, "padding": None}), "'_0': is damaged .*padding"),
+        (changed(inputs=[None, "_0_weight", None]), "'_0': is damaged .*'x'"),
+        (changed(inputs=[["x"], "_0_weight", None]), "'_0': is damaged .*'x'"),
         (lambda rows: rows[:-1], "has no output"),
         (lambda rows: [*rows, rows[-1]], "'output': is damaged"),
         (lambda rows: [], "has no output"),
@@ -135,3 +145,29 @@ def test_parameter_names_of_any_module_are_accepted() -> None:
     graph = capture(wrapped, x)
     rebuilt = from_json(json.loads(json.dumps(to_json(graph.graph))), dict(graph.named_buffers()))
     assert torch.equal(rebuilt(x), graph(x))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"stride": [0, 1]}, "node '_0' cannot be computed"),
+        ({"stride": [-1, 1]}, "node '_0' cannot be computed"),
+        ({"stride": [1, 1, 1]}, "node '_0' cannot be computed"),
+        ({"groups": 2}, "node '_0' cannot be computed"),
+        ({"dilation": [9, 9]}, "node '_0' cannot be computed"),
+        ({"padding": [40_000, 40_000]}, r"node '_0' has \d\d,.* values for two images"),
+    ],
+)
+def test_a_graph_that_cannot_run_is_refused_when_it_is_read(attributes: dict[str, Any], said: str) -> None:
+    rows, tensors = example()
+    rows[2]["attributes"] |= attributes
+    with pytest.raises(RunFolderError, match=f"graph.json: {said}"):
+        from_json(rows, tensors, [[3, 5, 5]])
+
+
+@pytest.mark.parametrize(
+    "shapes", [[], [[3, 5, 5]] * 2, [[3, 5]], [["3", 5, 5]], [[3, 0, 5]], [[3, -5, 5]], [[4, 5, 5]], [3]]
+)
+def test_shapes_that_are_not_those_of_the_inputs_are_refused(shapes: Any) -> None:
+    with pytest.raises(RunFolderError, match=r"^graph\.json: "):
+        from_json(*example(), shapes)

@@ -380,3 +380,18 @@ def test_folded_mobilenet_batchnorm_is_the_identity(shared_data: Path) -> None:
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         x = torch.randn(2, norm.num_features, 3, 3)
         torch.testing.assert_close(norm(x), x + norm.bias.view(1, -1, 1, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("special", "said"),
+    [
+        (torch.eye(3).to_sparse(), r"is sparse \(torch.sparse_coo\)"),
+        (torch.empty(3, 3, device="meta"), r"is a tensor without values \(device meta\)"),
+        (torch.eye(3) + 0j, "holds torch.complex64, not real numbers"),
+    ],
+)
+def test_tensors_that_hold_no_plain_numbers_are_named(special: Tensor, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"weight": special, "bias": torch.zeros(3)}, path)
+    with pytest.raises(ModelError, match=f"w.pt, tensor 'weight': {said}"):
+        zoo.load_weights(nn.Linear(3, 3), path)

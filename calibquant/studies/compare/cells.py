@@ -17,6 +17,7 @@ from calibquant.pipeline import Reporter, quantize, resume, run_recipe
 from calibquant.pipeline.measuring import measure, saved_network
 from calibquant.pipeline.preparing import open_set
 from calibquant.pipeline.reporting import Silent
+from calibquant.reading import described_by
 from calibquant.recipe import Recipe
 from calibquant.runfolder import CHECKPOINT, RECEIPT, RunFolder, final_path, open_run, sha256
 from calibquant.studies.compare.foreign import evaluate_foreign, run_foreign
@@ -133,10 +134,12 @@ def find_run(cell: Cell) -> Path | None:
 
 def _check_weights(recipe: Recipe, folder: RunFolder) -> None:
     """Runs of different networks that bear one name are not to be compared."""
-    path, stored = recipe.model.weights, folder.read_json(RECEIPT).get("weights")
+    path = recipe.model.weights
+    with described_by(folder.path / RECEIPT):
+        stored = (folder.read_json(RECEIPT).get("weights") or {}).get("sha256")
     if path is not None and path.is_file() and stored:
         now = path.stat()
-        if _hash(path, now.st_mtime_ns, now.st_size) != stored["sha256"]:
+        if _hash(path, now.st_mtime_ns, now.st_size) != stored:
             problem = f"was made with other weights than {path} holds now"
             raise RunFolderError(folder.path, problem, "give another folder with --out")
 
@@ -242,7 +245,8 @@ def read_result(cell: Cell) -> CellResult:
 
 def _images(run: Path) -> int:
     """How many images a run was evaluated on."""
-    return int(RunFolder(run).read_json("metrics.json")["quantized"]["count"])
+    with described_by(run / "metrics.json"):
+        return int(RunFolder(run).read_json("metrics.json")["quantized"]["count"])
 
 
 class _OnlyProgress:

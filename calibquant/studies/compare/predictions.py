@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from calibquant.errors import RunFolderError
+from calibquant.reading import read_file
 from calibquant.runfolder import write_atomic
 
 PREDICTIONS = "predictions.npz"
@@ -25,9 +26,10 @@ def write_predictions(folder: Path, predictions: Classes, labels: Classes) -> No
 def read_predictions(folder: Path, count: int) -> tuple[Classes, Classes] | None:
     """The stored predictions and labels; None where they are missing, damaged or not of `count` images."""
     try:
-        with np.load(folder / PREDICTIONS, allow_pickle=False) as stored:
-            found = stored["predictions"], stored["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        data = read_file(folder / PREDICTIONS, RunFolderError, "evaluate the run again")
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            found = np.asarray(stored["predictions"]), np.asarray(stored["labels"])
+    except Exception:  # a missing file, or what zip and numpy raise on a damaged one: nearly anything
         return None
     fitting = all(array.dtype == np.int64 and array.shape == (count,) for array in found)
     return found if fitting else None

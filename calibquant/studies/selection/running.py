@@ -20,8 +20,9 @@ from calibquant.pipeline import Reporter, quantize
 from calibquant.pipeline.preparing import learned_preprocess, open_calibration, open_candidates, open_set
 from calibquant.pipeline.reporting import Silent, warn
 from calibquant.pipeline.selecting import Candidates, candidates_of
+from calibquant.reading import described_by
 from calibquant.recipe import changed, idle_fields
-from calibquant.runfolder import check_place, make_folder, write_alone
+from calibquant.runfolder import RunFolder, check_place, make_folder, write_alone
 from calibquant.selection import Pool, needs_of, select
 from calibquant.studies.compare.cells import essence
 from calibquant.studies.selection.page import figure_png, page
@@ -85,8 +86,10 @@ def study_selection(study: SelectionStudy, reporter: Reporter | None = None) -> 
 
 def write_summary(study: SelectionStudy) -> dict[str, Any]:
     """Write selection.json, its page and its figure from the cells that are done; returns the first's content."""
-    done = [json.loads(_path(study, c).read_bytes()) for c in study.cells if _path(study, c).is_file()]
-    result = summary(study, done)
+    cells = RunFolder(study.out / "cells")
+    done = [cells.read_json(_path(study, c).name) for c in study.cells if _path(study, c).is_file()]
+    with described_by(cells.path):
+        result = summary(study, done)
     text = json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     for name, data in ((RESULT, text.encode()), (PAGE, page(result).encode()), (FIGURE, figure_png(result))):
         write_alone(study.out / name, data)
