@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
 from calibquant.errors import CalibQuantError, RunFolderError
-from calibquant.strangers import read_regular
 
+MOST = 4 << 30  # bytes of the largest file that is read: ONNX files have up to 2 GiB
+MOST_TEXT = 64 << 20  # bytes of the largest JSON file
+MOST_RECIPE = 256 << 10  # bytes of the largest recipe
 MOST_DEPTH = 100  # containers within containers
-MOST_YAML = 1 << 18  # bytes; a recipe that names 2,000 tensors has half of them
 MOST_NODES = 50_000  # values of a YAML file, those behind aliases counted each time
 _MIN_WHOLE, _MAX_WHOLE = -(2**63), 2**63 - 1
 
@@ -37,6 +42,47 @@ def read_file(path: Path, kind: type[CalibQuantError], mend: str) -> bytes:
         raise kind(path, f"cannot be read ({error.strerror})", mend) from None
     except ValueError:  # a NUL or a character that no file name has
         raise kind(path, "is not the name of a file", mend) from None
+
+
+def read_regular(path: Path, most: int = MOST, links: bool = False) -> bytes:
+    """The content of a regular file. A device, a pipe or a folder is refused without waiting for it.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+        links: whether the name may be a symbolic link.
+
+    Raises:
+        OSError: it is missing, unreadable, no such file or larger; `strerror` says why.
+    """
+    with _open_regular(path, most, links) as file:
+        return file.read(most)
+
+
+def hash_regular(path: Path) -> str:
+    """The hexadecimal SHA-256 of a regular file, which is read piece by piece.
+
+    Raises:
+        OSError: as `read_regular`.
+    """
+    digest = hashlib.sha256()
+    with _open_regular(path, MOST, links=False) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a file, pipe or device that the user named himself.
+
+    Raises:
+        OSError: it cannot be read, or does not end within `most` bytes.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, _too_large(most))
+    return data
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -84,8 +130,8 @@ def parse_yaml(data: bytes) -> Any:
         Traceback (most recent call last):
         ValueError: line 2: the key 'a' is there twice
     """
-    if len(data) > MOST_YAML:
-        raise ValueError(f"it has {len(data):,} bytes, and at most {MOST_YAML:,} are read")
+    if len(data) > MOST_RECIPE:
+        raise ValueError(f"it has {len(data):,} bytes, and at most {MOST_RECIPE:,} are read")
     try:
         return yaml.load(data.decode("utf-8-sig"), Loader=_YamlLoader)  # a SafeLoader: it makes plain values alone
     except UnicodeDecodeError:
@@ -123,6 +169,37 @@ def described_by(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         problem = f"does not hold what calibquant writes there ({type(error).__name__}: {error})"
         raise RunFolderError(path, problem, "restore it or quantize again") from None
+
+
+def _open_regular(path: Path, most: int, links: bool) -> BinaryIO:
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if not links:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link")
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(_open(path, flags), "rb")
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if found.st_size > most:
+        file.close()
+        raise OSError(errno.EFBIG, _too_large(most))
+    return file
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor; a folder is refused here, since it cannot be opened as a file."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "it is a folder")
+    try:
+        return os.open(path, flags)
+    except ValueError as error:  # a NUL byte
+        raise OSError(errno.EINVAL, str(error)) from None
+
+
+def _too_large(most: int) -> str:
+    return f"it has more than {most >> 10} KiB"
 
 
 _TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibquant.errors import DataError
-from calibquant.reading import MOST_DEPTH, MOST_YAML, parse_json, parse_whole, parse_yaml, read_file
+from calibquant.reading import MOST_DEPTH, MOST_RECIPE, parse_json, parse_whole, parse_yaml, read_file
 
 BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12)
@@ -54,7 +54,7 @@ def test_yaml_is_read(text: bytes, value: object) -> None:
         (b"a: \0", "it is not valid YAML"),
         (b"a: \xff", "it is not UTF-8 text"),
         ("a: 1".encode("utf-16"), "it is not UTF-8 text"),
-        (b"#" * (MOST_YAML + 1), "it has 262,145 bytes"),
+        (b"#" * (MOST_RECIPE + 1), "it has 262,145 bytes"),
         (b"a: [1", "line 1: "),
         (b"--- 1\n--- 2", "line 2: "),
     ],

@@ -78,7 +78,7 @@ def test_the_effective_recipe_stands_alone(write: Write, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"recipe": r'include: ["a\0.yaml"]'}, r"a\\x00.yaml: is not the name of a file; correct include in"),
+        ({"recipe": r'include: ["a\0.yaml"]'}, r"a\\x00.yaml: cannot be read \(embedded null byte\); correct include in"),
         ({"recipe": "include: [gone.yaml]"}, r"gone.yaml: cannot be .*\(No such .*; correct include in .*recipe.yaml$"),
         ({"recipe": "include: part.yaml"}, r"recipe.yaml, include: is no list of files; write for example include: \["),
         ({"recipe": "include: [3]"}, "recipe.yaml, include: is no list of files"),

@@ -20,9 +20,10 @@ import calibquant
 from calibquant.cli import main
 from calibquant.errors import ModelError, RecipeError, RunFolderError
 from calibquant.pipeline.measuring import run_recipe
+from calibquant.reading import read_regular
 from calibquant.recipe import load_recipe, make_recipe
 from calibquant.runfolder import RunFolder, open_run
-from calibquant.strangers import in_run_folder, read_regular
+from calibquant.strangers import in_run_folder
 from calibquant.zoo import build_model
 from calibquant.zoo.external import unsafe
 

@@ -19,9 +19,9 @@ from calibquant.pipeline.by_class import NONE, ByClass
 from calibquant.pipeline.preparing import build, mounted, open_set
 from calibquant.pipeline.reporting import Reporter, Silent, begin
 from calibquant.pipeline.selecting import warn_beyond
+from calibquant.reading import MOST_RECIPE
 from calibquant.recipe import Recipe, make_recipe, parse_tree
 from calibquant.runfolder import QUANTIZATION, RECEIPT, TRAINED, TRAINING, RunFolder, kind_of, open_run, sha256
-from calibquant.strangers import MOST_RECIPE
 
 RECIPE = "recipe.yaml"
 

@@ -20,12 +20,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.reading import parse_yaml
+from calibquant.reading import MOST_RECIPE, parse_yaml, read_bounded, read_regular
 from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import merged
 from calibquant.recipe.section import Section, given, keep_given, section_of
 from calibquant.recipe.shipped import located
-from calibquant.strangers import MOST_RECIPE, in_run_folder, read_bounded, read_regular
+from calibquant.strangers import in_run_folder
 
 STANDARD_INPUT = Path("-")
 

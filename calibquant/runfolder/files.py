@@ -15,8 +15,8 @@ from typing import Any
 
 from calibquant.errors import RunFolderError
 from calibquant.locking import HeldError, locked
-from calibquant.reading import parse_json
-from calibquant.strangers import MOST, MOST_TEXT, RECEIPT, read_regular
+from calibquant.reading import MOST, MOST_TEXT, parse_json, read_regular
+from calibquant.strangers import RECEIPT
 
 FORMAT_VERSION = 1
 BRIEF = 1  # seconds to wait for a process that only cleans up

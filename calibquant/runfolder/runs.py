@@ -15,9 +15,10 @@ from pathlib import Path
 
 from calibquant.errors import RunFolderError
 from calibquant.locking import HeldError, locked
+from calibquant.reading import hash_regular
 from calibquant.runfolder.files import FORMAT_VERSION, RunFolder, alone, disk_error, is_plain, lock_of, make_folder
 from calibquant.runfolder.places import check_place
-from calibquant.strangers import CHECKPOINT, RECEIPT, hash_regular
+from calibquant.strangers import CHECKPOINT, RECEIPT
 
 QUANTIZATION, TRAINING = "quantize", "train"  # kinds of runs, by the command that makes them
 TRAINED = "weights.safetensors"  # what a training leaves
