@@ -10,9 +10,10 @@ from torch import fx
 
 from calibquant.errors import QuantizationError, nearest
 from calibquant.graph.nodes import activations_of, kind_of, op_of, weight_of
-from calibquant.graph.ops import COMPUTE, Kind
+from calibquant.graph.ops import Kind
 from calibquant.numerics.grid import Granularity, Grid, PerChannel, PerTensor
 from calibquant.numerics.reach import adds_pairs, grid_within, reach_of
+from calibquant.quantization.sites import integer_sites, main_sites, origin
 from calibquant.recipe import Bits, QuantRecipe
 from calibquant.recipe.section import checked
 
@@ -167,10 +168,10 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     weighted = [n for n in graph.graph.nodes if weight_of(n) is not None]
     if not weighted:
         raise QuantizationError("network", "holds no convolution or linear to quantize", "check model.submodule")
-    main = _main_sites(graph.graph)
+    main = main_sites(graph.graph)
     sites = dict.fromkeys(main, "main")
     if recipe.placement == "integer":
-        sites |= dict.fromkeys(_integer_sites(graph.graph, set(main)), "integer")
+        sites |= dict.fromkeys(integer_sites(graph.graph, set(main)), "integer")
     wide = _boundary(graph.graph, main, recipe.boundary)
     weights: dict[str, TensorPlan] = {}
     for node in weighted:
@@ -182,131 +183,6 @@ def make_plan(graph: fx.GraphModule, recipe: QuantRecipe) -> QuantPlan:
     plan = _with_named_bits(plan, recipe)
     stored = not recipe.activations.dynamic and recipe.activations.granularity == "per_tensor"
     return _within_reach(plan, graph) if recipe.placement == "integer" and stored else plan
-
-
-# --- where activations are quantized ----------------------------------------------------------------------------------
-
-_PRODUCERS = {Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.NORM, Kind.FLOAT}
-_INTEGER_MAKERS = {Kind.CONVOLUTION, Kind.MATMUL, Kind.ADD}  # kernels that round their result to a grid
-_FRESH = {Kind.ACTIVATION, Kind.NORM, Kind.FLOAT}  # what they compute is quantized at their own output
-
-
-def _main_sites(graph: fx.Graph) -> list[str]:
-    """Names of the nodes quantized in either placement, in execution order."""
-    found = []
-    absorbed: set[fx.Node] = set()
-    image = _image_nodes(graph)
-    for node in graph.nodes:
-        if node in image:
-            continue
-        if kind_of(node) in _PRODUCERS or (kind_of(node) is Kind.ACTIVATION and node not in absorbed):
-            site = node
-            while len(site.users) == 1 and kind_of(reader := next(iter(site.users))) is Kind.ACTIVATION:
-                site = reader
-                absorbed.add(site)
-            if _is_main(node, site):
-                found.append(site.name)
-    return list(dict.fromkeys(found))
-
-
-def _image_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs and what is made of them before the first weight: normalization, padding, resizing."""
-    image: set[fx.Node] = set()
-    for node in graph.nodes:
-        sources = activations_of(node)
-        if node.op == "placeholder" or (sources and weight_of(node) is None and all(s in image for s in sources)):
-            image.add(node)
-    return image
-
-
-def _is_main(producer: fx.Node, site: fx.Node) -> bool:
-    readers = {kind_of(r) for r in _readers(site)} - _FRESH - {None}
-    if not readers or not _read_by_compute(site):
-        return False
-    if readers == {Kind.CONCAT}:
-        return False
-    return not (readers == {Kind.ADD} and site is producer and kind_of(site) is not Kind.CONCAT)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a node's values, looking through ops that only move them."""
-    found = []
-    for user in node.users:
-        op = op_of(user)
-        found += _readers(user) if op and op.kind is Kind.MOVE else [user]
-        if op and op.kind is Kind.POOL and op.keeps_grid:
-            found += _readers(user)
-    return found
-
-
-def _read_by_compute(node: fx.Node) -> bool:
-    """Whether any computing op other than a pool comes after a node."""
-    pending, seen = [node], set()
-    while pending:
-        for user in pending.pop().users:
-            kind = kind_of(user)
-            if kind in COMPUTE and kind is not Kind.POOL:
-                return True
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
-
-
-def _integer_sites(graph: fx.Graph, main: set[str]) -> list[str]:
-    """Names of the nodes that an integer runtime reads or makes and that are not quantized yet."""
-    found: dict[str, None] = {}
-    for node in graph.nodes:
-        op = op_of(node)
-        if op is None or not op.integer:
-            continue
-        for source in activations_of(node):
-            origin = _origin(source)
-            if origin.name in main or not _is_float_tensor(origin):
-                continue
-            if op.kind is Kind.CONCAT and node.name in main and _only_concatenated(origin, main):
-                continue
-            found[origin.name] = None
-    for node in graph.nodes:
-        if kind_of(node) in _INTEGER_MAKERS and op_of(node).integer:  # type: ignore[union-attr]
-            end = _end_of_result(node, main)
-            if end is not None and end.name not in main:
-                found[end.name] = None
-    return list(found)
-
-
-def _end_of_result(node: fx.Node, main: set[str]) -> fx.Node | None:
-    """Where a kernel's result is to be rounded to a grid: at the node, or behind functions that only limit it.
-
-    None where the network's output or a quantized concatenation takes it: one stays float, the other has its own grid.
-    """
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        if reader.op == "output" or (kind_of(reader) is Kind.CONCAT and reader.name in main):
-            return None
-        if not op_of(reader).limits:  # type: ignore[union-attr]
-            break
-        node = reader
-    return node
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """The node whose grid a node's values lie on: itself, or what it moves values from."""
-    op = op_of(node)
-    while op is not None and op.keeps_grid:
-        node = activations_of(node)[0]
-        op = op_of(node)
-    return node
-
-
-def _only_concatenated(node: fx.Node, main: set[str]) -> bool:
-    """Whether all readers are concatenations that are quantized themselves, so that their grid serves."""
-    return all(kind_of(r) is Kind.CONCAT and r.name in main for r in _readers(node))
-
-
-def _is_float_tensor(node: fx.Node) -> bool:
-    """Integer indices of an embedding are no activations."""
-    return not (node.op == "placeholder" and all(kind_of(u) is Kind.LOOKUP for u in node.users))
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
@@ -386,7 +262,7 @@ def _within_reach(plan: QuantPlan, graph: fx.GraphModule) -> QuantPlan:
         op, weight = op_of(node), weight_of(node)
         if op is None or not op.accumulates or weight is None:
             continue
-        name, source = str(weight.target), plan.activations.get(_origin(activations_of(node)[0]).name)
+        name, source = str(weight.target), plan.activations.get(origin(activations_of(node)[0]).name)
         wide = weights[name].grid.bits > 8 or (source is not None and source.grid.bits > 8)
         shape = graph.get_buffer(name).shape
         if source is not None and not wide and adds_pairs(shape, node.kwargs.get("groups", 1)):
