@@ -90,7 +90,7 @@ OTHER: dict[str, Any] = {
     "calibration.pool": 300, "calibration.augment": "true",
     "quant.weights.bits": 6, "quant.weights.grid": "ternary", "quant.weights.levels": 7,
     "quant.weights.codebook": "per_channel", "quant.weights.clustering": "second-order",
-    "quant.weights.symmetric": "true", "quant.weights.granularity": "per_tensor",
+    "quant.weights.reach": "full", "quant.weights.symmetric": "true", "quant.weights.granularity": "per_tensor",
     "quant.weights.allocation": "optimal", "quant.weights.observer": "percentile", "quant.weights.percentile": 80,
     "quant.weights.correction": "mean-variance", "quant.weights.rounding": "gram",
     "quant.activations.bits": 5, "quant.activations.grid": "apot", "quant.activations.symmetric": "true",
@@ -130,7 +130,7 @@ OTHER: dict[str, Any] = {
 ELSEWHERE = {
     "version", "model.name", "model.submodule", "data.kind", "data.classes", "data.workers", "calibration.manifest",
     "calibration.batch_size", "quant.mixed.max_drop", "reconstruct.time", "reconstruct.cache_limit",
-    "evaluation.batch_size", "export.onnx", "export.storage", "export.images", "finetune.accumulate",
+    "evaluation.batch_size", "export.onnx", "export.storage", "export.images", "export.evaluate", "finetune.accumulate",
     "finetune.precision", "train.accumulate", "train.precision", "threads", "device", "runs",
 }  # fmt: skip
 SECTIONS = ("quant.mixed", "finetune", "train", "data.calibration_preprocess")  # changed only where the base has them

@@ -20,6 +20,8 @@ from calibquant.errors import CalibQuantError, RunFolderError
 MOST = 4 << 30  # bytes of the largest file that is read: ONNX files have up to 2 GiB
 MOST_TEXT = 64 << 20  # bytes of the largest JSON file
 MOST_RECIPE = 256 << 10  # bytes of the largest recipe
+MOST_IMAGE = 1 << 29  # bytes of an image: three for each of the most pixels that Pillow opens (178,956,970)
+MOST_LIST = 1 << 28  # bytes of a list of images or classes: three million lines of 80
 MOST_DEPTH = 100  # containers within containers
 MOST_NODES = 50_000  # values of a YAML file, those behind aliases counted each time
 _MIN_WHOLE, _MAX_WHOLE = -(2**63), 2**63 - 1
@@ -40,8 +42,6 @@ def read_file(path: Path, kind: type[CalibQuantError], mend: str) -> bytes:
         return read_regular(path, links=True)
     except OSError as error:
         raise kind(path, f"cannot be read ({error.strerror})", mend) from None
-    except ValueError:  # a NUL or a character that no file name has
-        raise kind(path, "is not the name of a file", mend) from None
 
 
 def read_regular(path: Path, most: int = MOST, links: bool = False) -> bytes:
@@ -56,7 +56,7 @@ def read_regular(path: Path, most: int = MOST, links: bool = False) -> bytes:
         OSError: it is missing, unreadable, no such file or larger; `strerror` says why.
     """
     with _open_regular(path, most, links) as file:
-        return file.read(most)
+        return file.read(os.fstat(file.fileno()).st_size)  # Python would allocate `most` bytes
 
 
 def hash_regular(path: Path) -> str:
@@ -70,19 +70,6 @@ def hash_regular(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def read_bounded(path: Path, most: int) -> bytes:
-    """The content of a file, pipe or device that the user named himself.
-
-    Raises:
-        OSError: it cannot be read, or does not end within `most` bytes.
-    """
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, _too_large(most))
-    return data
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -181,10 +168,10 @@ def _open_regular(path: Path, most: int, links: bool) -> BinaryIO:
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     if found.st_size > most:
         file.close()
-        raise OSError(errno.EFBIG, _too_large(most))
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than the limit of {most:,}")
     return file
 
 
@@ -194,12 +181,29 @@ def _open(path: Path, flags: int) -> int:
         raise OSError(errno.EISDIR, "it is a folder")
     try:
         return os.open(path, flags)
-    except ValueError as error:  # a NUL byte
-        raise OSError(errno.EINVAL, str(error)) from None
+    except ValueError:
+        raise OSError(errno.EINVAL, _no_name(path)) from None
 
 
-def _too_large(most: int) -> str:
-    return f"it has more than {most >> 10} KiB"
+def _no_name(path: Path) -> str:
+    return "the path holds a NUL byte" if "\0" in str(path) else "no file has such a name"
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a regular file at a path; False also for paths that no file can have."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path; False also for paths that no folder can have."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):  # among them a name that is too long, a circle of links, a NUL byte
+        return 0
 
 
 _TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"

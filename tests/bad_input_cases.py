@@ -58,7 +58,7 @@ WEIGHTS = [
 ]  # fmt: skip
 
 IMAGES = [
-    Case("empty set", F, "images/train: holds no images; put files there that end in .bmp",
+    Case("empty set", F, "images/train: holds no images; put files there that end in .apng, .bmp",
          lambda s: [p.unlink() for p in (s.root / "images/train").rglob("*.png")]),
     Case("one image", F, "calibration.count: the calibration set is a single image; give at least 2",
          lambda s: [p.unlink() for p in sorted((s.root / "images/train").rglob("*.png"))[1:]]),

@@ -114,10 +114,10 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "zero").symlink_to("/dev/zero")
     cases = {
-        "fifo": "is a folder, pipe or device, not a file", "zero": "is a folder, pipe or device, not a file",
-        ".": "is a folder, pipe or device, not a file", "none": r"cannot be read \(No such file or directory\)",
-        "loop": r"cannot be read \(Too many levels", "a\0b": "is not the name of a file",
-        "\ud800": "is not the name of a file", "x" * 300: r"cannot be read \(File name too long\)",
+        "fifo": r"cannot be read \(it is not a regular file", "zero": r"cannot be read \(it is not a regular file",
+        ".": r"cannot be read \(it is a folder", "none": r"cannot be read \(No such file or directory\)",
+        "loop": r"cannot be read \(Too many levels", "a\0b": r"cannot be read \(the path holds a NUL byte",
+        "\ud800": r"cannot be read \(no file has such a name", "x" * 300: r"cannot be read \(File name too long\)",
     }  # fmt: skip
     for name, said in cases.items():
         with pytest.raises(DataError, match=said + ".*; do it$"):

@@ -233,10 +233,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "the folder": (_named("."), "lists '.', which is no plain name"),
     "a NUL byte": (_named("a\0b"), "which is no plain name"),
     "a long name": (_named("a" * 5000), "cannot be read .File name too long."),
-    "a pipe": (_fifo, "metrics.json: cannot be read .it is no regular file."),
+    "a pipe": (_fifo, "metrics.json: cannot be read .it is not a regular file."),
     "a link": (_link, "metrics.json: cannot be read .it is a link."),
     "a folder as a file": (_folder, "vectors: cannot be read .it is a folder."),
-    "a huge file": (_huge, "big: cannot be read .it has more than 4194304 KiB."),
+    "a huge file": (_huge, "big: cannot be read .it has [0-9,]+ bytes, more than the limit"),
     "a missing file": (lambda run: (run / "graph.json").unlink(), "graph.json: cannot be read .No such file"),
     "a wrong hash": (lambda run: _list(run, "graph.json", "0" * 64), "graph.json: is damaged"),
     "no files listed": (_unlist, "is not listed in receipt.json, so its hash is unknown"),
@@ -248,7 +248,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "huge numbers": (
         lambda run: (run / "receipt.json").write_text('{"format_version": ' + "9" * 4000 + ', "files": {}}'),
-        "receipt.json: format version 9{20} is not 1",
+        "receipt.json: is damaged .a number of 4,000 digits has more than 64 bits",
     ),
     "deep nesting": (lambda run: (run / "receipt.json").write_text("[" * 100_000), "receipt.json: is damaged"),
 }  # fmt: skip
@@ -294,12 +294,14 @@ def test_a_recipe_includes_regular_files_only(kind: str, tmp_path: Path) -> None
     else:
         target.mkdir()
     (tmp_path / "r.yaml").write_text(f"include: [{target}]\n")
-    with pytest.raises(RecipeError, match=r"cannot be read \(it (is no regular file|has more than|is a folder)"):
+    with pytest.raises(
+        RecipeError, match=r"cannot be read \(it (is not a regular file|has [\d,]+ bytes, more than|is a folder)"
+    ):
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_a_recipe_that_never_ends_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"/dev/zero: cannot be read \(it has more than 256 KiB\)"):
+def test_a_recipe_that_never_ends_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"/dev/zero: cannot be read \(it is not a regular file\)"):
         load_recipe("/dev/zero")
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibquant.data.reading import MOST_TEXT, read_regular
 from calibquant.errors import DataError
+from calibquant.reading import MOST_LIST, read_regular
 
 FORMS = "write one WordNet id or name a line in index order, or JSON as in imagenet_class_index.json"
 _WORDNET = re.compile(r"n\d{8}")
@@ -65,7 +65,7 @@ def read_classes(path: Path) -> Classes:
         DataError: the file cannot be read, is in none of these forms, leaves out an index, or has an id twice.
     """
     try:
-        text = read_regular(path, MOST_TEXT).decode("utf-8-sig")
+        text = read_regular(path, MOST_LIST, links=True).decode("utf-8-sig")
     except OSError as error:
         raise DataError(path, f"cannot be read ({error.strerror})", "set data.classes to a class file") from None
     except UnicodeDecodeError:

@@ -12,8 +12,8 @@ from pathlib import Path
 from calibquant.data.classes import Classes
 from calibquant.data.encoded import EncodedImages, Strings
 from calibquant.data.imageset import OnError, UnreadableImageError
-from calibquant.data.reading import MOST_IMAGE, is_folder, read_regular
 from calibquant.errors import DataError
+from calibquant.reading import MOST_IMAGE, is_folder, read_regular
 from calibquant.recipe import Preprocess
 
 EXTENSIONS = (
@@ -51,7 +51,7 @@ class FileImages(EncodedImages):
         path = self._root / self.name(i)
         skip = "or set data.on_error to skip"
         try:
-            data = read_regular(path, MOST_IMAGE)
+            data = read_regular(path, MOST_IMAGE, links=True)
         except FileNotFoundError:
             if path.is_symlink():
                 problem = "is a link to a file that does not exist"

@@ -12,8 +12,8 @@ from calibquant.data.classes import Classes
 from calibquant.data.encoded import Strings
 from calibquant.data.files import FileImages, relative
 from calibquant.data.imageset import OnError
-from calibquant.data.reading import MOST_TEXT, read_regular
 from calibquant.errors import DataError
+from calibquant.reading import MOST_LIST, read_regular
 from calibquant.recipe import Preprocess
 
 KAGGLE = "ImageId"
@@ -147,7 +147,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         DataError: the file cannot be read, or a row has more or fewer fields than the header.
     """
     try:
-        text = read_regular(path, MOST_TEXT).decode("utf-8-sig")
+        text = read_regular(path, MOST_LIST, links=True).decode("utf-8-sig")
         _check_nul(path, text)
         reader = csv.DictReader(io.StringIO(text, newline=""))
         rows = [(reader.line_num, row) for row in reader]

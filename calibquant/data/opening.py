@@ -13,9 +13,9 @@ from calibquant.data.files import open_folder
 from calibquant.data.imageset import ImageSet
 from calibquant.data.lists import open_csv
 from calibquant.data.preprocess import check_preprocess
-from calibquant.data.reading import is_folder
 from calibquant.data.shards import open_shards
 from calibquant.errors import DataError, nearest
+from calibquant.reading import is_folder
 from calibquant.recipe import DataRecipe, Preprocess
 from calibquant.recipe.section import checked
 

@@ -23,8 +23,8 @@ from calibquant.data.encoded import EncodedImages, Strings
 from calibquant.data.files import relative
 from calibquant.data.imageset import OnError, UnreadableImageError
 from calibquant.data.lists import parse_label
-from calibquant.data.reading import MOST_IMAGE, is_regular
 from calibquant.errors import DataError
+from calibquant.reading import MOST_IMAGE, is_regular
 from calibquant.recipe import Preprocess
 
 ENDINGS = ("jpg", "jpeg", "png", "webp")

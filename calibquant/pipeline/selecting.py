@@ -100,8 +100,9 @@ class Candidates:
         return Chosen(indices, make_manifest(self.images, indices, names, seed, scores))
 
     def _warn_of_range_count(self, chosen: int) -> None:
-        count = self.recipe.calibration.range_count
-        if count is not None:
+        settings = self.recipe.calibration
+        count = settings.range_count
+        if count is not None and "range_count" in settings.model_fields_set:  # a preset's may well be larger
             warn_beyond(self.reporter, "calibration.range_count", count, chosen, "calibration")
 
     def pool(self, needs: Needs = "network") -> Pool:

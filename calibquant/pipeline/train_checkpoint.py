@@ -69,6 +69,8 @@ def load_training(folder: RunFolder, training: Training, images: str, name: str 
         raise RunFolderError(where, problem, "restore what the training began with") from None
     except RunFolderError:
         raise
+    except ValueError as error:
+        raise RunFolderError(where, f"is damaged ({error})", "delete the hidden folder and train again") from None
     except Exception as error:  # torch's restricted reader raises nearly every kind on damaged bytes
         problem = f"is damaged ({type(error).__name__}: {error})"
         raise RunFolderError(where, problem, "delete the hidden folder and train again") from None

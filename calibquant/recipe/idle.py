@@ -265,6 +265,7 @@ ADOPTED = (
         "calibration.range_count"), "the run's codes and scales are where training begins"),
 )  # fmt: skip
 
+DEPLOYED = ("export.storage", "export.evaluate", "quant.weights.reach")  # what only deploy.onnx has to do with
 ROWS = (
     Row("", _sets_more, ("preset",), "the recipe's own fields leave nothing of it"),
     Row("model.name", _is_not("model.name", None), ("model.options", "model.weights")),
@@ -313,10 +314,10 @@ ROWS = (
     Row("reconstruct.method", lambda r: _learns(r) or _rounds(r), ("reconstruct.never_worse", "reconstruct.cache"),
         "nothing keeps features"),
     Row("reconstruct.method", _keeps_features, ("reconstruct.cache_limit",), "nothing keeps features"),
-    Row("export.onnx", _is("export.onnx", True), ("export.storage", "export.images")),
-    Row("quant.placement", _is("quant.placement", "integer"), ("export.storage",), "there is no deploy.onnx"),
-    Row("quant.activations.dynamic", _static, ("export.storage",), "there is no deploy.onnx"),
-    Row("quant.activations.granularity", _is("quant.activations.granularity", "per_tensor"), ("export.storage",),
+    Row("export.onnx", _is("export.onnx", True), ("export.storage", "export.images", "export.evaluate")),
+    Row("quant.placement", _is("quant.placement", "integer"), DEPLOYED, "there is no deploy.onnx"),
+    Row("quant.activations.dynamic", _static, DEPLOYED, "there is no deploy.onnx"),
+    Row("quant.activations.granularity", _is("quant.activations.granularity", "per_tensor"), DEPLOYED,
         "there is no deploy.onnx"),
     Row("quant.weights.bits", _has_few_bits, ("export.storage",), "no weight has fewer than 8"),
     *(

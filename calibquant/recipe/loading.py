@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from calibquant.errors import RecipeError, nearest
-from calibquant.reading import MOST_RECIPE, parse_yaml, read_bounded, read_regular
+from calibquant.reading import MOST_RECIPE, parse_yaml, read_regular
 from calibquant.recipe.models import Recipe
 from calibquant.recipe.presets import merged
 from calibquant.recipe.section import Section, given, keep_given, section_of
@@ -182,7 +182,7 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
         RecipeError: the file is missing, no valid YAML or no mapping.
     """
     try:
-        data = _read(path, includer)
+        data = _read(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         mend = "give the path of a recipe file, or a name that calibquant recipes lists"
@@ -207,11 +207,9 @@ def parse_tree(data: bytes, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read(path: Path, includer: Path | None) -> bytes:
-    """The bytes of a recipe file. A pipe may be what the user himself names, but not what a file includes."""
-    if path == STANDARD_INPUT:
-        return _standard_input()
-    return read_regular(path, MOST_RECIPE, links=True) if includer else read_bounded(path, MOST_RECIPE)
+def _read(path: Path) -> bytes:
+    """The bytes of a recipe file."""
+    return _standard_input() if path == STANDARD_INPUT else read_regular(path, MOST_RECIPE, links=True)
 
 
 @cache

@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
 METRICS = {
     "setting", "placement", "boundary", "calibration_images", "evaluated_on", "float", "quantized", "size", "coverage",
     "seconds", "rounding", "layers", "reconstruction", "units", "feature_errors", "equalization", "corrections",
-    "mixed", "skipped",
+    "mixed", "skipped", "deployed", "parity",
 }  # fmt: skip
 OF_FILES = {"file", "code_entropy", "compressed_codes"}  # sizes that are known once there is a file
 SCORES = {"count", "top1", "top1_interval", "top5", "loss", "macro", "agreement", "agreement_interval"}
@@ -102,7 +102,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     text = command("quantize", "recipe.yaml", "--dry-run")
     plan = json.loads(command("quantize", "recipe.yaml", "--dry-run", "--json"))
     assert sorted(p.name for p in Path().iterdir()) == before
-    expected = {"coverage", "size", "calibration_images", "estimated_seconds", "estimated_peak_bytes", "mixed_tensors"}
+    expected = {"coverage", "size", "calibration_images", "estimated_seconds", "estimated_peak_bytes", "mixed_tensors",
+                "warnings"}  # fmt: skip
     assert set(plan) == expected
     assert plan["calibration_images"] == 32
     assert all(row["node"] in text for row in plan["coverage"])
@@ -198,7 +199,9 @@ def test_inspect_shows_bits_bytes_and_ranges(file: str, command: Command) -> Non
     made = json.loads(command("quantize", "recipe.yaml", "--json"))
     target = str(Path(made["run"]) / file)
     text, result = command("inspect", target), json.loads(command("inspect", target, "--json"))
-    assert set(result) == {"run", "size", "coverage", "record", "layers", "units", "feature_errors", "onnx"}
+    assert set(result) == {
+        "run", "size", "coverage", "record", "layers", "units", "feature_errors", "onnx", "checked", "unlisted",
+    }  # fmt: skip
     for key in ("coverage", "layers", "units", "feature_errors"):
         assert result[key] == made[key]
     assert Path(result["run"]) == Path(made["run"])

@@ -172,10 +172,10 @@ def test_a_recipe_comes_from_standard_input(site: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "given", "told"),
     [
-        ("quantize", b"model: [\n", "standard input, line 2: is not valid YAML"),
+        ("quantize", b"model: [\n", "standard input: is not valid YAML (line 2: "),
         ("quantize", b"modle: {}", "standard input, modle: this key is unknown"),
         ("train", None, "standard input: is not a recipe"),
-        ("finetune", b"model: \xff", "standard input: cannot be read (it is not UTF-8 text)"),
+        ("finetune", b"model: \xff", "standard input: is not valid YAML (it is not UTF-8 text)"),
         ("analyze", b"include: 3", "standard input, include: is no list of files"),
     ],
 )

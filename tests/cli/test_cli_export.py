@@ -235,7 +235,7 @@ def test_a_file_that_deviates_is_one_line(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("calibquant.pipeline.exporting.fake_quant_onnx", lambda *_: b"nonsense")
-    fails(["export", RUN], "fake_quant.onnx: is not an ONNX file, or is damaged", capsys)
+    fails(["export", RUN], "fake_quant.onnx: was not written: is not an ONNX file, or is damaged", capsys)
 
 
 def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def _model() -> Any:
 
 
 def _checkpoint(folder: Path) -> list[Path]:
-    save_checkpoint(RunFolder(folder), _model(), "path\n", Progress([], {"x": 0.5}, {"calibrate": 1.0}))
+    save_checkpoint(RunFolder(folder), _model(), "path\n", Progress([], {"x": 0.5}, {"calibrate": 1.0}), {})
     return sorted(folder.glob("checkpoint*"))
 
 
@@ -127,7 +127,7 @@ def _training() -> Any:
 
 
 def _train_checkpoint(folder: Path) -> list[Path]:
-    save_training(RunFolder(folder), _training(), "images")
+    save_training(RunFolder(folder), _training(), "images", {})
     return sorted(folder.glob("checkpoint*"))
 
 

@@ -76,11 +76,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     recipe = _learning(recipe) if learning else recipe
     whole, save, left = calibquant.quantize(make_recipe(recipe)), stages.save_checkpoint, [layers]
 
-    def counted(folder: Any, model: Any, manifest: str, progress: stages.Progress) -> None:
+    def counted(folder: Any, model: Any, manifest: str, progress: stages.Progress, fields: dict[str, Any]) -> None:
         if not left[0] or progress.reports:
             raise KeyboardInterrupt
         left[0] -= 1
-        save(folder, model, manifest, progress)
+        save(folder, model, manifest, progress, fields)
 
     monkeypatch.setattr(stages, "save_checkpoint", counted)
     with pytest.raises(RunFolderError, match="was interrupted") as caught:

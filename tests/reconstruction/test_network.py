@@ -171,7 +171,8 @@ def test_codes_stay_on_their_grids_one_step_from_nearest_at_most(method: str, pl
     for quantizer in model.quantizers:
         assert quantizer.enabled
         assert not list(quantizer.parameters())
-    assert sorted({q.plan.grid.bits for q in model.weight_quantizers.values()}) == [2, 8]
+    wide = 8 if model.plan.placement == "academic" else 7  # what meets 8 bits reaches to 64 on integer kernels
+    assert sorted({q.plan.grid.bits for q in model.weight_quantizers.values()}) == [2, wide]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -36,7 +36,7 @@ class Told:
     @property
     def ways(self) -> list[str]:
         """How each cell came about."""
-        return [note.rsplit(", ", 1)[1] for note in self.notes]
+        return [note.rsplit(", ", 1)[1] for note in self.notes if not note.startswith("warning: ")]
 
 
 def study_fields(folder: Path) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def test_the_suggested_bits_have_the_measured_effect(found: Analysis, tmp_path: 
     p, q = torch.log_softmax(want.double(), 1), torch.log_softmax(got.double(), 1)
     assert effect.loss[1] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-4, abs=1e-9)
     sizes = {n: t.numel() for n, t in teacher.named_buffers() if n in effect.names}
-    assert effect.bytes[1] - effect.bytes[0] == pytest.approx(sum(sizes.values()) / 2, abs=len(sizes))
+    more = sum(sizes[n] * (model.plan.weights[n].grid.bits - 4) / 8 for n in sizes)
+    assert effect.bytes[1] - effect.bytes[0] == pytest.approx(more, abs=len(sizes))
 
 
 def test_facts_of_a_weight_are_numpys() -> None:

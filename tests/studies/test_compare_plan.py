@@ -170,7 +170,8 @@ def test_what_is_impossible_is_one_line_and_leaves_nothing(
         ([], [], True),
         ([], ["threads=4", "device=cpu", "runs=far", "preset=int8", "quant.placement=integer",
               "quant.boundary=qdrop", "quant.weights={bits: 4, symmetric: false, observer: mse}",
-              "quant.activations={bits: 4, observer: mse}"], True),
+              "quant.activations={bits: 4, observer: mse}", "quant.weights.rounding=nearest",
+              "quant.bias_correction=none"], True),
         (["reconstruct.iterations=5"], [], True),  # without reconstruction its fields say nothing
         (["reconstruct.method=qdrop"], [], False),
         (["reconstruct.method=qdrop"], ["reconstruct.method=qdrop", "reconstruct.regularizer=0.3"], True),
