@@ -271,7 +271,7 @@ RECIPES = [
     Case("override of no date", f"{D} model.name=2024-13-45",
          r"override '.*': its value is not valid YAML \(line 1: .*timestamp.*\); quote"),
     Case("recipe missing", "quantize nowhere.yaml", r"nowhere.yaml: cannot be read \(No such file .*\); give the path"),
-    Case("recipe is a folder", "quantize images", r"images: cannot be read \(Is a directory\); give the path"),
+    Case("recipe is a folder", "quantize images", r"images: cannot be read \(it is a folder\); give the path"),
     Case("recipe not YAML", "quantize r.yaml", r"r.yaml: is not valid YAML \(line 2: .*\); correct the indentation",
          lambda s: s.write("r.yaml", "model: {name: a\ndata: b: c\n")),
     Case("recipe with no date", "quantize r.yaml",

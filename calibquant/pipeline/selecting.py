@@ -26,6 +26,7 @@ from calibquant.parallel import resolve_device
 from calibquant.pipeline.reporting import Reporter, note, warn
 from calibquant.quantization import QuantModel, calibrate_activations, calibrate_weights, make_plan, weight_energies
 from calibquant.recipe import Recipe
+from calibquant.recipe.section import given
 from calibquant.reconstruction import round_weights
 from calibquant.selection import Needs, Pool, labelled_pool, needs_of, parse_strategy, score_pool, select
 
@@ -100,9 +101,8 @@ class Candidates:
         return Chosen(indices, make_manifest(self.images, indices, names, seed, scores))
 
     def _warn_of_range_count(self, chosen: int) -> None:
-        settings = self.recipe.calibration
-        count = settings.range_count
-        if count is not None and "range_count" in settings.model_fields_set:  # a preset's may well be larger
+        count = self.recipe.calibration.range_count
+        if count is not None and "calibration.range_count" in given(self.recipe):  # a preset's may well be larger
             warn_beyond(self.reporter, "calibration.range_count", count, chosen, "calibration")
 
     def pool(self, needs: Needs = "network") -> Pool:

@@ -183,11 +183,10 @@ def read_tree(path: Path, includer: Path | None = None) -> dict[str, Any]:
     """
     try:
         data = _read(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         mend = "give the path of a recipe file, or a name that calibquant recipes lists"
         mend = f"correct include in {includer}" if includer else mend
-        raise RecipeError(_shown(path), f"cannot be read ({reason})", mend) from None
+        raise RecipeError(_shown(path), f"cannot be read ({error.strerror})", mend) from None
     return parse_tree(data, path)
 
 
@@ -268,8 +267,11 @@ def _strangers(layers: list[Layer]) -> dict[str, str]:
 
 
 def _is_written_out(tree: dict[str, Any]) -> bool:
-    """Whether a file has every section, as the recipe.yaml of a run has: then no single field was the user's choice."""
-    return tree.keys() >= Recipe.model_fields.keys()
+    """Whether a file has every section, as the recipe.yaml of a run has: then no single field was the user's choice.
+
+    `runs` does not count: `_without_runs` takes it out.
+    """
+    return tree.keys() | {"runs"} >= Recipe.model_fields.keys()
 
 
 def _layered(base: dict[str, Any], top: dict[str, Any], section: type[Section] | None = Recipe) -> dict[str, Any]:

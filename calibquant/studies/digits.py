@@ -17,7 +17,7 @@ FIELDS: dict[str, Any] = {
     "model": {"name": "digits_resnet"},
     "data": {"kind": "digits", "preprocess": {"resize": 16, "mean": [0.5], "std": [0.5]}},
     "calibration": {"count": 256},
-    "quant": {"placement": "integer", "boundary": "qdrop"},
+    "quant": {"placement": "integer"},
 }
 TRAINING: dict[str, Any] = {
     "data": FIELDS["data"] | {"augment": {"pad": 1}},
@@ -30,7 +30,8 @@ SETTINGS = ((8, "none"), (4, "none"), (2, "none"), (2, "qdrop"))  # bits of weig
 
 def digits_recipe(weights: Path, bits: int, runs: Path, seed: int, method: str = "none") -> Recipe:
     """The demo's recipe at W`bits`A`bits`, with nearest rounding or a short reconstruction."""
-    fields = {"runs": str(runs), "seed": seed, "reconstruct": {"method": method, **SHORT}}
+    short = {} if method == "none" else SHORT
+    fields = {"runs": str(runs), "seed": seed, "reconstruct": {"method": method, **short}}
     return make_recipe(
         FIELDS | fields,
         [f"model.weights={weights}", f"quant.weights.bits={bits}", f"quant.activations.bits={bits}"],

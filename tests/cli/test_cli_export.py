@@ -231,15 +231,36 @@ def test_a_missing_package_is_one_line(
         fails(arguments, f"{package}: is not installed; pip install", capsys)
 
 
-def test_a_file_that_deviates_is_one_line(
+def test_a_file_that_deviates_is_one_line_and_loses_nothing(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("calibquant.pipeline.exporting.fake_quant_onnx", lambda *_: b"nonsense")
-    fails(["export", RUN], "fake_quant.onnx: was not written: is not an ONNX file, or is damaged", capsys)
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr("calibquant.pipeline.exporting.fake_quant_onnx", lambda *_: b"nonsense")
+        refused(["export", RUN], "fake_quant.onnx: was not written: is not an ONNX file, or is damaged", capsys)
+    after = content()
+    told = {Path(RUN, name) for name in ("parity.json", "receipt.json")}
+    assert after.keys() == before.keys()  # the file of the first export too
+    assert {path for path in after if after[path] != before[path]} == told
+    parity = json.loads(after[Path(RUN, "parity.json")])
+    assert list(parity["faults"]) == ["fake_quant.onnx"]
+    command("export", RUN)
+    assert content() == before
+
+
+def content() -> dict[Path, bytes]:
+    """Every file of the working directory."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
 def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    """One line of error that says `message`, and no file has changed."""
+    before = content()
+    refused(arguments, message, capsys)
+    assert content() == before
+
+
+def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(arguments) == 1
     output = capsys.readouterr()
@@ -247,7 +268,6 @@ def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
     assert output.err.startswith("error: ")
     assert message in output.err
     assert "Traceback" not in output.out
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
