@@ -1,6 +1,6 @@
 """The arithmetic of ONNX Runtime's integer kernels, in NumPy, to the bit.
 
-Measured on ONNX Runtime 1.24.1 and 1.31.1 (x86-64); docs, "The integer executor", has the formulas. Integer sums are
+Measured on ONNX Runtime 1.25.0 and 1.31.1 (x86-64); docs, "The integer executor", has the formulas. Integer sums are
 exact here: they are taken in a float type in which every partial sum is a whole number that it represents.
 """
 

@@ -100,7 +100,7 @@ def import_library(name: str, mend: str) -> Any:
 
 def import_runtime() -> Any:
     """The package onnxruntime; see `import_library`."""
-    return import_library("onnxruntime", "pip install 'onnxruntime>=1.24'")
+    return import_library("onnxruntime", "pip install 'onnxruntime>=1.25'")
 
 
 def import_onnx() -> Any:

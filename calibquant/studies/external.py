@@ -146,7 +146,7 @@ def _mean_bits(prepared: Prepared, low: int) -> float:
 
 METHODS = {
     "framework-int8": External(framework_int8, "torchao", "pip install 'calibquant[baselines]'"),
-    "onnxruntime-int8": External(onnxruntime_int8, "onnxruntime", "pip install 'onnxruntime>=1.24'"),
+    "onnxruntime-int8": External(onnxruntime_int8, "onnxruntime", "pip install 'onnxruntime>=1.25'"),
 }
 
 

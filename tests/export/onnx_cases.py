@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import warnings
 from functools import cache
 from pathlib import Path
@@ -24,18 +23,6 @@ from calibquant.quantization import QuantModel
 from calibquant.recipe import ActivationRecipe, Placement, QuantRecipe, WeightRecipe
 
 Array = npt.NDArray[Any]
-
-# A second ONNX Runtime: a Python that has it, here the oldest that is supported.
-OLD_RUN = """
-import sys, numpy as np, onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = 1, 3
-for path in sys.argv[1:]:
-    data = np.load(path + ".npz")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    np.save(path + ".npy", session.run(None, {session.get_inputs()[0].name: data["x"]})[0])
-print(onnxruntime.__version__)
-"""
 
 
 @cache
@@ -78,16 +65,6 @@ def run(model: bytes, *inputs: Tensor) -> dict[str, Array]:
 def result(model: bytes, *inputs: Tensor) -> Array:
     """The first output."""
     return next(iter(run(model, *inputs).values()))
-
-
-def run_old(python: str, cases: list[tuple[bytes, Tensor]], folder: Path) -> tuple[str, list[Array]]:
-    """The version of another Python's ONNX Runtime, and the first output of each model there."""
-    paths = [folder / f"{i}.onnx" for i in range(len(cases))]
-    for path, (model, x) in zip(paths, cases, strict=True):
-        path.write_bytes(model)
-        np.savez(f"{path}.npz", x=x.numpy())
-    done = subprocess.run([python, "-c", OLD_RUN, *map(str, paths)], check=True, capture_output=True, text=True)
-    return done.stdout.strip(), [np.load(f"{path}.npy") for path in paths]
 
 
 def relative(want: Array | Tensor, got: Array) -> float:

@@ -1,8 +1,7 @@
-"""deploy.onnx computes the integer program on integer kernels, in the newest and the oldest ONNX Runtime."""
+"""deploy.onnx computes the integer program on the integer kernels of ONNX Runtime."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from onnx_cases import (
     relative,
     result,
     run,
-    run_old,
     session_of,
 )
 from torch import Tensor, nn
@@ -35,11 +33,9 @@ from calibquant.quantization import QuantModel, calibrate_activations, calibrate
 from calibquant.recipe import ActivationRecipe, QuantRecipe, WeightRecipe
 
 BITS = [(8, 8), (4, 8), (4, 4), (2, 4), (2, 2), (3, 3), (5, 6)]
-OLD = os.environ.get("CALIBQUANT_ORT_OLD", "")
-needs_old = pytest.mark.skipif(not OLD, reason="name a Python with ONNX Runtime 1.24 in CALIBQUANT_ORT_OLD")
 
 
-def assert_computes(program: Program, x: Tensor, share: float = 2e-3) -> None:
+def assert_computes(program: Program, x: Tensor, share: float = 5e-3) -> None:
     """Codes as torch computes them from the program in float64, but for a share of them.
 
     Where a float32 sum falls on the other side of a tie a code differs by one, and what follows by a little.
@@ -129,26 +125,6 @@ def test_all_bits_load_and_agree_in_both_storages(weights: int, activations: int
         codes = [t.data_type for t in onnx.load_from_string(data).graph.initializer if t.name.endswith("weight.codes")]
         short = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.INT2, onnx.TensorProto.UINT2}
         assert bool(short & set(codes)) == (storage == "packed" and weights <= 4)
-
-
-@needs_old
-@pytest.mark.parametrize("storage", ["packed", "int8"])
-def test_the_oldest_onnx_runtime_gives_the_same_codes(storage: Storage, tmp_path: Path) -> None:
-    for name in ("cifar_resnet", "mobilenet_v2", "squeezenet"):
-        x = images_of(name)
-        cases = [(deploy_onnx(make_program(model_of(name, w, a)), x, storage), x) for w, a in BITS]
-        version, logits = run_old(OLD, cases, tmp_path)
-        assert version.startswith("1.24.")
-        for (model, _), old in zip(cases, logits, strict=True):
-            assert relative(result(model, x), old) <= 1e-6
-
-
-@needs_old
-def test_the_oldest_onnx_runtime_runs_every_network(tmp_path: Path) -> None:
-    cases = [(deploy_onnx(make_program(model_of(name, bits)), images_of(name)), images_of(name))
-             for name in NETWORKS for bits in (2, 4)]  # fmt: skip
-    for (model, x), old in zip(cases, run_old(OLD, cases, tmp_path)[1], strict=True):
-        assert relative(result(model, x), old) <= 1e-2
 
 
 @pytest.mark.parametrize("op", ["quantize", "relu", "clamp"])
