@@ -74,7 +74,7 @@ class Output:
 
     @property
     def _stream(self) -> TextIO | None:
-        """The stream itself; None where the process was started without it."""
+        """The stream itself; None where the process was started without it, until `prepare_streams`."""
         stream = getattr(sys, self._name)
         return getattr(stream, "rich_proxied_file", stream)  # rich puts a writer of its own there, which writes to us
 
@@ -98,12 +98,18 @@ def prepare_streams() -> None:
 
 
 def _open_missing() -> None:
-    """Occupy the numbers of closed standard streams: a run's file that got one would receive libraries' messages."""
-    for number in range(3):
+    """Let closed standard streams lead nowhere.
+
+    A run's file that got such a stream's number would receive libraries' messages, and rich may fail where Python has
+    no object for a stream.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
